@@ -1,0 +1,266 @@
+"""Where the session meets a running trainer, and how it leaves again.
+
+Three methods are wrapped on the trainer *instance* for the time of one ``train()``, and nothing else is replaced:
+
+=======================  ==========================================================================================
+``get_batch_samples``    shows every micro-batch of the optimiser step before its first forward: row keys are known,
+                         and counts are exact under gradient accumulation
+``training_step``        the span in which forward hooks listen on the model; they are gone when it returns or raises,
+                         so no exception can leave one behind
+``log``                  adds our numbers to the trainer's own record, so they reach its history and its trackers
+=======================  ==========================================================================================
+
+Inside ``training_step`` hooks only look. When the forward is over, the gate is set on the first tensor of this list
+that exists, all of which the row's loss flows through:
+
+1. ``output.log_probs`` beside ``output.label_mask``: TRL's fused head;
+2. what the output embedding returned: the loss is computed from logits, by the model or by the trainer;
+3. ``output.logits`` of a model that has no output embedding;
+4. the last hidden state, for a loss that is fused with the head and never shows logits. Exact for everything before
+   the head; a trainable head is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from safe_sched.errors import DataError, ModelError
+from safe_sched.gate import scale_gradient, token_weights
+from safe_sched.identity import IGNORE_INDEX, Layout, layout_of
+from safe_sched.losses import nll_from_log_probs, nll_from_logits
+from safe_sched.session import Batch, Session
+
+
+def calling_trainer(callback: object) -> tuple[Trainer, str | None]:
+    """The trainer whose event is being handled, and the checkpoint it resumes from.
+
+    A `TrainerCallback` is given the model and the data loader but not the trainer, so it is looked up among the
+    callers: the nearest `Trainer` that has ``callback`` in its list.
+
+    Raises:
+        ModelError: No trainer called, so there is nothing to defend.
+    """
+    frame = inspect.currentframe()
+    try:
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, Trainer) and any(c is callback for c in owner.callback_handler.callbacks):
+                resume = frame.f_locals.get("resume_from_checkpoint")
+                return owner, resume if isinstance(resume, str) else None
+            frame = frame.f_back
+    finally:
+        del frame
+    raise ModelError(
+        "SafeSchedCallback was called by something that is not a transformers.Trainer with this callback in its list. "
+        "Give it to Trainer(..., callbacks=[...]) or trainer.add_callback(...)."
+    )
+
+
+def batch_fields(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Layout]:
+    """Tokens, labels and rows of a micro-batch as a trainer's collator made it.
+
+    Raises:
+        DataError: There are no tokens or no labels to go by.
+    """
+    input_ids, labels = inputs.get("input_ids"), inputs.get("labels")
+    if not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor) or labels.shape != input_ids.shape:
+        raise DataError(
+            f"a training batch has the fields {sorted(inputs)}; needed: input_ids and labels of one shape. Use a "
+            "collator that makes labels, for example DataCollatorForLanguageModeling(tokenizer, mlm=False)."
+        )
+    layout = layout_of(
+        input_ids,
+        attention_mask=inputs.get("attention_mask"),
+        position_ids=inputs.get("position_ids"),
+        cu_seq_lens=inputs.get("cu_seq_lens_q"),
+    )
+    return input_ids, labels, layout
+
+
+class Attachment:
+    """A session bound to one ``train()`` of one trainer. Use `attach` and `detach`."""
+
+    def __init__(self, trainer: Trainer, session: Session) -> None:
+        self.trainer = trainer
+        self.session = session
+        self._metrics: dict[str, list[float]] = {}
+        self._state = trainer.state  # every train() makes a new one
+        self._wrapped: list[str] = []
+        self._queue: list[tuple[Batch, float]] = []
+        self._seen: dict[str, Tensor] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether the trainer is still in the ``train()`` that this belongs to."""
+        return bool(self._wrapped) and self.trainer.state is self._state
+
+    # the wrapped methods ----------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Wrap the three methods."""
+        for name, wrapper in (
+            ("get_batch_samples", self._get_batch_samples),
+            ("training_step", self._training_step),
+            ("log", self._log),
+        ):
+            self._wrap(name, wrapper)
+
+    def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
+        original = getattr(self.trainer, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs) if self.active else original(*args, **kwargs)
+
+        wrapped.__safe_sched_original__ = vars(self.trainer).get(name)  # pyright: ignore[reportFunctionMemberAccess]
+        setattr(self.trainer, name, wrapped)
+        self._wrapped.append(name)
+
+    def detach(self) -> None:
+        """Give the trainer its own methods back; harmless when called twice."""
+        while self._wrapped:
+            name = self._wrapped.pop()
+            previous = vars(self.trainer)[name].__safe_sched_original__
+            if previous is None:
+                delattr(self.trainer, name)
+            else:
+                setattr(self.trainer, name, previous)
+
+    def _get_batch_samples(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        samples, num_items = original(*args, **kwargs)
+        if samples:
+            fields = [batch_fields(inputs) for inputs in samples]
+            batches = self.session.begin_step(fields)
+            rows = sum(int((batch.slots >= 0).sum()) for batch in batches)
+            # the mean that the trainer's loss takes: over the step, or over each micro-batch and then over those
+            counts = [int((labels[:, 1:] != IGNORE_INDEX).sum()) for _, labels, _ in fields]
+            totals = [len(counts) * n for n in counts] if num_items is None else [int(num_items)] * len(counts)
+            self._queue = [(batch, total / max(rows, 1)) for batch, total in zip(batches, totals, strict=True)]
+        return samples, num_items
+
+    def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._queue:
+            raise ModelError(
+                f"{type(self.trainer).__name__} runs a training step on a batch that did not come through "
+                "get_batch_samples, so its rows are not known. Trainers that make their own batches are not supported."
+            )
+        batch, mean_tokens = self._queue.pop(0)
+        with self._listening(batch, mean_tokens):
+            return original(*args, **kwargs)
+
+    def _log(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        if "loss" in logs:  # the record of training steps; not evaluation, not the closing summary
+            logs.update({name: sum(values) / len(values) for name, values in self._metrics.items()})
+            self._metrics.clear()
+        return original(logs, *args, **kwargs)
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Keep numbers for the trainer's next record, which gets their mean since the last one."""
+        for name, value in metrics.items():
+            self._metrics.setdefault(name, []).append(value)
+
+    # one forward ------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _listening(self, batch: Batch, mean_tokens: float) -> Iterator[None]:
+        model = self.trainer.model
+        assert isinstance(model, nn.Module)
+        head, decoder = _output_embedding(model), _decoder(model)
+
+        def remember(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                output = getattr(output, "last_hidden_state", output[0] if isinstance(output, tuple) else output)
+                if isinstance(output, Tensor) and output.requires_grad:
+                    self._seen[name] = output
+
+            return hook
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            seen, self._seen = self._seen, {}
+            # a forward without gradient teaches nothing: metrics, generation in a callback
+            if torch.is_grad_enabled() and module.training:
+                self._set_gate(batch, mean_tokens, output, seen, head)
+
+        handles = [model.register_forward_hook(after)]
+        if head is not None:
+            handles.append(head.register_forward_hook(remember("logits")))
+        if decoder is not None and decoder is not model:
+            handles.append(decoder.register_forward_hook(remember("hidden")))
+        try:
+            yield
+        finally:
+            self._seen = {}
+            for handle in handles:
+                handle.remove()
+
+    def _set_gate(
+        self, batch: Batch, mean_tokens: float, output: Any, seen: dict[str, Tensor], head: nn.Module | None
+    ) -> None:
+        session, labels, layout = self.session, batch.labels, batch.layout
+        needs_nll = session.scheduler.needs_nll
+        get: Callable[[str], Any] = lambda name: output.get(name) if isinstance(output, Mapping) else None  # noqa: E731
+        log_probs, logits, nll = get("log_probs"), seen.get("logits", get("logits")), None
+        if log_probs is not None and get("label_mask") is not None:
+            gated, length = log_probs, labels.shape[1] - 1
+            if needs_nll and log_probs.shape == (labels.shape[0], length):
+                nll = nll_from_log_probs(log_probs, labels, layout)
+        elif logits is not None:
+            gated, length = logits, labels.shape[1]
+            if needs_nll and logits.shape[:2] == labels.shape:
+                nll = nll_from_logits(logits, labels.to(logits.device), layout)
+        elif "hidden" in seen and get("loss") is not None:
+            gated, length = seen["hidden"], labels.shape[1]
+            _refuse_fused(session.scheduler.name, needs_nll, head)
+        else:
+            raise ModelError(
+                f"{type(self.trainer.model).__name__} returned {sorted(output) if isinstance(output, Mapping) else type(output).__name__}"
+                ", from which the loss of a row cannot be told. Needed: log_probs with label_mask, logits, or a loss "
+                "computed from the last hidden state."
+            )
+        if gated.shape[:2] != (labels.shape[0], length):
+            raise ModelError(
+                f"the model computes its loss from a tensor of shape {tuple(gated.shape)} for a batch of shape "
+                f"{tuple(labels.shape)}; expected {(labels.shape[0], length)} first. Prompt tuning, logits_to_keep and "
+                "sequence or context parallelism change it; switch them off."
+            )
+        if not gated.requires_grad:
+            raise ModelError("the loss has no gradient: no parameter of the model is trainable")
+        session.weigh(batch, nll, mean_tokens)
+
+        def factors() -> Tensor:
+            session.mark_gated(batch)
+            return token_weights(batch.factors, layout)
+
+        scale_gradient(gated, factors)
+
+
+def _refuse_fused(scheduler: str, needs_nll: bool, head: nn.Module | None) -> None:
+    if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
+        raise ModelError(
+            "the model's loss is fused with its output embedding (Liger, cut cross-entropy), and that embedding is "
+            "being trained: the weights could not reach its gradient. Switch the fused loss off (use_liger_kernel=False, "
+            "or fused_linear_cross_entropy=False in liger_kernel_config), or freeze the embedding, as LoRA does."
+        )
+    if needs_nll:
+        raise ModelError(
+            f"the model's loss is fused with its output embedding (Liger, cut cross-entropy), so the loss of a single "
+            f"row is never computed, and {scheduler!r} needs it. Switch the fused loss off (use_liger_kernel=False)."
+        )
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _decoder(model: nn.Module) -> nn.Module | None:
+    base = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
+    decoder = getattr(base, getattr(base, "base_model_prefix", ""), None)
+    return decoder if isinstance(decoder, nn.Module) else None

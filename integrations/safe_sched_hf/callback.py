@@ -1,0 +1,244 @@
+"""The callback: what happens at each event of a trainer, from its construction to the end of training."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+import safe_sched
+from safe_sched.errors import DataError, ModelError, NumericsError, OptionError, unknown_name
+from safe_sched.schedulers import build
+from safe_sched.session import Normalizer, Session
+from safe_sched.state import MANIFEST_FILE, STATE_FILE
+from safe_sched.types import Scheduler
+from safe_sched_hf.attachment import Attachment, calling_trainer
+from safe_sched_hf.rows import index_rows
+from safe_sched_hf.safety import SafetyData, SafetySet, safety_loss
+
+_OPTIONS = ("scheduler", "safety_data", "safety_batch_size", "safety_weight", "normalizer", "seed")
+
+
+class SafeSchedCallback(TrainerCallback):
+    """Weighs every row that a trainer trains on, and trains on safety rows beside them.
+
+    Add it to the callbacks of a `transformers.Trainer` or a `trl.SFTTrainer`; nothing else of the script changes. The
+    loss of an optimiser step becomes (BDS, arXiv 2510.27172, Eq. 11)::
+
+        safety_weight * mean over safety rows of nll  +  trainer's own loss with row i weighted by w_i
+
+    Args:
+        scheduler: A scheduler (`safe_sched.BDS`, `safe_sched.Fixed`), or its name in the catalogue.
+        safety_data: Harmful prompts with refusals: ``"core"`` (about 250 rows that come with the package), a path to a
+            .jsonl, .json, .csv or .parquet file, a list of dicts or a `datasets.Dataset`, in any schema that TRL's
+            SFTTrainer takes. None: no safety batch.
+        safety_batch_size: Safety rows per optimiser step, >= 1. None: ``per_device_train_batch_size``.
+        safety_weight: Factor of the safety loss, > 0.
+        normalizer: What the weighted loss is a mean over: ``"token"``, the trainer's own; or ``"row"``, the mean over
+            rows of each row's mean. See `safe_sched.session.Session`.
+        seed: Of the order of the safety rows. None: the trainer's seed.
+
+    Raises:
+        OptionError: An option is unknown or out of range.
+        DataError, ModelError: When training starts: the data, the model or the trainer cannot be defended, with the
+            cause and the remedy.
+
+    Example:
+        >>> from safe_sched import BDS
+        >>> from safe_sched_hf import SafeSchedCallback
+        >>> callback = SafeSchedCallback(BDS(), safety_data="core")
+        >>> # trainer = SFTTrainer(model, train_dataset=rows, callbacks=[callback]); trainer.train()
+        >>> # callback.table()
+        >>> SafeSchedCallback(BDS(), safety_date="core")
+        Traceback (most recent call last):
+        ...
+        safe_sched.errors.OptionError: unknown option of SafeSchedCallback 'safety_date' (did you mean 'safety_data'?); ...
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler | str = "bds",
+        *,
+        safety_data: SafetyData | None = None,
+        safety_batch_size: int | None = None,
+        safety_weight: float = 1.0,
+        normalizer: Normalizer = "token",
+        seed: int | None = None,
+        **unknown: Any,
+    ) -> None:
+        for name in unknown:
+            raise unknown_name("option of SafeSchedCallback", name, _OPTIONS)
+        if safety_batch_size is not None and safety_batch_size < 1:
+            raise OptionError(f"safety_batch_size={safety_batch_size}; allowed: a whole number >= 1, or None")
+        if not 0 < safety_weight < float("inf"):
+            raise OptionError(
+                f"safety_weight={safety_weight}; allowed: a finite number > 0. To train without safety rows leave "
+                "safety_data out."
+            )
+        self.scheduler = build(scheduler)
+        if not isinstance(self.scheduler, Scheduler):
+            raise OptionError(f"{scheduler!r} is not a scheduler; use safe_sched.BDS, safe_sched.Fixed, or a name")
+        self.safety_data = safety_data
+        self.safety_batch_size = safety_batch_size
+        self.safety_weight = safety_weight
+        self.normalizer: Normalizer = normalizer
+        self.seed = seed
+        self._session: Session | None = None
+        self._safety: SafetySet | None = None
+        self._attachment: Attachment | None = None
+
+    @property
+    def session(self) -> Session:
+        """What has been learned so far; there from the start of training on."""
+        if self._session is None:
+            raise DataError("there is no session yet: call trainer.train() first")
+        return self._session
+
+    def table(self) -> pa.Table:
+        """One line per training row, in the order in which the trainer holds them.
+
+        Returns:
+            ``row`` int64, ``key`` uint64 (the row's content), ``weight`` float32 (as of the last step), ``seen`` int32
+            (how often its content was trained on).
+        """
+        return self.session.table()
+
+    # events -----------------------------------------------------------------------------------------------------
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refuse what can never be defended, while the script is still setting up."""
+        trainer, _ = calling_trainer(self)
+        _refuse_unsupported(trainer)
+        dataset = trainer.train_dataset
+        if hasattr(dataset, "__len__") and len(dataset) == 0:  # pyright: ignore[reportArgumentType]
+            raise DataError("the training set has no rows; give the trainer at least one row to train on")
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Identify the rows, read the safety set, go on from a checkpoint, attach."""
+        if self._attachment is not None:
+            self._attachment.detach()
+        trainer, resumed_from = calling_trainer(self)
+        _refuse_unsupported(trainer)
+        loader = kwargs["train_dataloader"]
+        index = index_rows(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
+        self._session = Session(self.scheduler, index, self.normalizer)
+        self._safety = self._read_safety(args, kwargs.get("processing_class"))
+        if state.global_step > 0:
+            folder = resumed_from or f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            self._session.load(Path(folder) / STATE_FILE, steps=state.global_step)
+        self._attachment = Attachment(trainer, self._session)
+        self._attachment.attach()
+
+    def _read_safety(self, args: TrainingArguments, tokenizer: Any) -> SafetySet | None:
+        if self.safety_data is None:
+            return None
+        return SafetySet(
+            self.safety_data,
+            tokenizer,
+            max_length=getattr(args, "max_length", None),
+            batch_size=self.safety_batch_size or args.per_device_train_batch_size,
+            seed=args.seed if self.seed is None else self.seed,
+        )
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Run the safety batch: gradients are empty now, so the user's micro-batches add to its own."""
+        attachment = self._attachment
+        if self._safety is None or attachment is None:
+            return
+        trainer = attachment.trainer
+        batch = {k: v.to(args.device) for k, v in self._safety.batch(state.global_step).items()}
+        model = trainer.model
+        assert model is not None
+        model.train()
+        with trainer.compute_loss_context_manager():
+            loss = safety_loss(model, batch)
+        if not bool(torch.isfinite(loss.detach())):
+            raise NumericsError(
+                f"the safety loss is {float(loss.detach())} at step {state.global_step}. Lower the learning rate or "
+                "safety_weight, or train in bfloat16 or float32 instead of float16."
+            )
+        trainer.accelerator.backward(self.safety_weight * loss)
+        attachment.note({"safe_sched/safety_loss": float(loss.detach())})
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let the scheduler learn from the step."""
+        attachment = self._attachment
+        assert attachment is not None
+        attachment.note(self.session.end_step())
+        if control.should_log:
+            attachment.note({"safe_sched/ess": self.session.effective_sample_size()})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the scheduler's state beside the checkpoint."""
+        if state.is_world_process_zero and self._attachment is not None:
+            folder = Path(self._attachment.trainer._get_output_dir(trial=None))
+            self.session.save(
+                folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / STATE_FILE, version=safe_sched.__version__
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave the trainer as it was, and write down that the run was defended."""
+        if self._attachment is None:
+            return
+        trainer = self._attachment.trainer
+        self._attachment.detach()
+        self._attachment = None
+        if state.is_world_process_zero and self.session.steps:
+            path = Path(args.output_dir) / MANIFEST_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self._manifest(trainer), indent=2) + "\n", encoding="utf-8")
+
+    def _manifest(self, trainer: Trainer) -> dict[str, Any]:
+        session, safety = self.session, self._safety
+        seen = session.seen > 0
+        return {
+            "defended": True,
+            "trainer": type(trainer).__name__,
+            "scheduler": session.scheduler.settings(),
+            "normalizer": session.normalizer,
+            "safety": None
+            if safety is None
+            else {"rows": len(safety.rows), "batch_size": safety.batch_size, "weight": self.safety_weight},
+            "data": {
+                "fingerprint": session.index.fingerprint(),
+                "rows": session.index.rows,
+                "distinct_rows": session.index.slots,
+                "distinct_rows_trained_on": int(seen.sum()),
+            },
+            # end_step stops the run where this would be less than all
+            "coverage": {"steps": session.steps, "rows_trained_on": session.rows_trained, "rows_weighed": session.rows_trained},
+            "versions": {"safe-sched": safe_sched.__version__}
+            | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")},
+        }
+
+
+def _refuse_unsupported(trainer: Trainer) -> None:
+    """Stop before the first step where a training stack is not defended yet.
+
+    Raises:
+        ModelError: Naming what to switch off.
+    """
+    args, parallel = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
+    reasons = {
+        "several GPUs in one process (nn.DataParallel)": args.n_gpu > 1,
+        "several processes": args.world_size > 1,
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "FSDP": trainer.is_fsdp_enabled,
+        "torch_compile=True": bool(args.torch_compile),
+        "tensor, context or sequence parallelism": parallel is not None and parallel.total_size > 1,
+        "auto_find_batch_size=True": bool(args.auto_find_batch_size),
+    }
+    for what, present in reasons.items():
+        if present:
+            raise ModelError(
+                f"SafeSchedCallback does not support {what} yet: the run would not be defended on every row. Run one "
+                "process on one device without it."
+            )
+
+

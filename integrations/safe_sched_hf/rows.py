@@ -1,0 +1,132 @@
+"""The key of every training row, as the trainer's own collator will show it.
+
+A table of tokens is hashed column by column, without building a batch, where that gives the keys that the collator
+gives on a few rows tried; otherwise every row goes through the collator once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from tqdm.auto import tqdm
+
+from safe_sched.errors import DataError
+from safe_sched.identity import keys_of, keys_of_flat
+from safe_sched.index import RowIndex
+from safe_sched.losses import label_counts
+from safe_sched_hf.attachment import batch_fields
+
+_TRIED = 16  # rows that decide whether the fast path is right
+_CHUNK = 16384  # rows read at once
+_COLLATED = 64  # rows collated at once
+
+
+def index_rows(dataset: Any, collate: Callable[[list[Any]], Any], *, progress: bool = False) -> RowIndex:
+    """Index a training set by row key.
+
+    Args:
+        dataset: What the trainer's data loader reads: a map-style set, or an iterable one, whose rows are only known
+            as they come.
+        collate: The data loader's collator.
+        progress: Whether to show a bar.
+
+    Raises:
+        DataError: The set is empty, or has rows without a label token (naming them).
+    """
+    if isinstance(dataset, IterableDataset | datasets.IterableDataset) or not hasattr(dataset, "__len__"):
+        return RowIndex(None)
+    if len(dataset) == 0:
+        raise DataError("the training set has no rows; give the trainer at least one row to train on")
+    with _same_random_numbers():
+        fast = _from_columns(dataset, collate, progress)
+        keys, counts, packed = fast if fast is not None else _from_batches(dataset, collate, progress)
+    empty = (counts == 0).nonzero().flatten()
+    if empty.numel() and (not packed or empty.numel() == counts.numel()):
+        raise DataError(
+            f"{empty.numel()} of {counts.numel()} training rows have no label token, so nothing can be learned from "
+            f"them (rows {empty[:5].tolist()}{', ...' if empty.numel() > 5 else ''}). Their answers are empty, masked or cut off "
+            "by max_length: remove these rows or raise max_length."
+        )
+    return RowIndex(keys[counts > 0])
+
+
+def _from_columns(
+    dataset: Any, collate: Callable[[list[Any]], Any], progress: bool
+) -> tuple[Tensor, Tensor, bool] | None:
+    """Keys straight from the columns, or None where they are not what the collator makes of them."""
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
+        return None
+    columns = [c for c in ("input_ids", "labels", "seq_lengths") if c in dataset.column_names]
+    if "input_ids" not in columns:
+        return None
+    table = dataset.select_columns(columns).with_format("arrow")
+    tried = sorted({int(i) for i in np.linspace(0, len(dataset) - 1, _TRIED)})
+    read: Callable[[Any], pa.Table] = lambda at: table[at]  # noqa: E731
+    expected = _keys_of_collated(collate([dataset[i] for i in tried]))
+    found = _keys_of_table(read(tried))
+    if not torch.equal(expected[0], found[0]):
+        return None
+    bar = tqdm(total=len(dataset), desc="identifying rows", unit="row", disable=not progress, leave=False)
+    parts = []
+    with bar:
+        for start in range(0, len(dataset), _CHUNK):
+            parts.append(_keys_of_table(read(slice(start, start + _CHUNK))))
+            bar.update(min(_CHUNK, len(dataset) - start))
+    return torch.cat([k for k, _ in parts]), torch.cat([n for _, n in parts]), "seq_lengths" in columns
+
+
+def _keys_of_table(table: pa.Table) -> tuple[Tensor, Tensor]:
+    def column(name: str) -> tuple[Tensor, Tensor]:
+        lists = table.column(name).combine_chunks()
+        flat = pc.list_flatten(lists).to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+        return torch.tensor(flat), torch.tensor(pc.list_value_length(lists).to_numpy().astype(np.int64))
+
+    tokens, lengths = column("input_ids")
+    labels = column("labels")[0] if "labels" in table.column_names else None
+    if "seq_lengths" in table.column_names:
+        lengths = column("seq_lengths")[0]
+    return keys_of_flat(tokens, labels, lengths)
+
+
+def _from_batches(
+    dataset: Any, collate: Callable[[list[Any]], Any], progress: bool
+) -> tuple[Tensor, Tensor, bool]:
+    parts: list[tuple[Tensor, Tensor]] = []
+    packed = False
+    starts = range(0, len(dataset), _COLLATED)
+    for start in tqdm(starts, desc="identifying rows", unit="batch", disable=not progress, leave=False):
+        items = [dataset[i] for i in range(start, min(start + _COLLATED, len(dataset)))]
+        try:
+            collated = collate(items)
+        except (ValueError, RuntimeError):
+            # a collator that cannot pad takes rows of one length only
+            parts += [_keys_of_collated(collate([item])) for item in items]
+            continue
+        packed |= batch_fields(collated)[2].rows != len(items)
+        parts.append(_keys_of_collated(collated))
+    return torch.cat([k for k, _ in parts]), torch.cat([n for _, n in parts]), packed
+
+
+def _keys_of_collated(inputs: Any) -> tuple[Tensor, Tensor]:
+    input_ids, labels, layout = batch_fields(inputs)
+    return keys_of(input_ids, labels, layout), label_counts(labels, layout)
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Leave every generator as it was: a collator may draw numbers, and training must not notice."""
+    state, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(state)
+    np.random.set_state(legacy)  # noqa: NPY002

@@ -1,0 +1,172 @@
+"""Safety rows: from any schema that TRL takes to token rows, and from those to the batch of an optimiser step.
+
+The loss of a safety row is taken on its answer: on the completion, on the last assistant turn of a conversation, on the
+given labels; a plain text is trained on as a whole. The loss of a batch S is the mean over its rows of each row's mean::
+
+    L_safe = (1/|S|) sum_{i in S} nll_i
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safe_sched.errors import DataError
+from safe_sched.identity import IGNORE_INDEX
+from safe_sched.rows import CORE, read_rows
+
+SafetyData = str | Path | Iterable[Mapping[str, Any]]
+_SCHEMAS = "messages; conversations; prompt and completion; text; input_ids (with labels)"
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+class SafetySet:
+    """Token rows of a safety set, and the batch of every step.
+
+    Args:
+        data: The rows, or where they are; see `safe_sched.rows.read_rows`.
+        tokenizer: The trainer's tokenizer or processor; needed unless the rows are token rows.
+        max_length: Rows are cut to this many tokens, as the trainer cuts its own; None to keep them whole.
+        batch_size: Rows per optimiser step.
+        seed: Of the order in which rows are drawn: each row once per round, rounds shuffled anew.
+
+    Raises:
+        DataError: A row has no schema that is known or no answer token, or there are no rows.
+    """
+
+    def __init__(
+        self, data: SafetyData, tokenizer: Any, max_length: int | None, batch_size: int, seed: int
+    ) -> None:
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds its tokenizer
+        rows = read_rows(data)
+        if isinstance(data, str) and data == CORE and getattr(tokenizer, "chat_template", None):
+            rows = [_as_chat(row) for row in rows]
+        self.rows: list[tuple[Tensor, Tensor]] = []
+        for number, row in enumerate(rows):
+            tokens, labels = _tokenize(row, number, tokenizer)
+            tokens, labels = tokens[:max_length], labels[:max_length]
+            if not any(label != IGNORE_INDEX for label in labels[1:]):
+                raise DataError(
+                    f"safety row {number} has no answer token to learn from"
+                    + (f" within max_length={max_length}" if max_length else "")
+                    + f": {str(row)[:120]}. Remove it, or give it an answer that fits."
+                )
+            self.rows.append((torch.tensor(tokens), torch.tensor(labels)))
+        self.pad = getattr(tokenizer, "pad_token_id", None) or 0  # masked, so any id will do
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The rows of one optimiser step, padded on the right: a function of (seed, step), so a resume replays it.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``labels``, int64 (batch_size, longest row).
+        """
+        first, count = step * self.batch_size, len(self.rows)
+        picked = [self.rows[self._round(i // count)[i % count]] for i in range(first, first + self.batch_size)]
+        longest = max(tokens.numel() for tokens, _ in picked)
+        ids = torch.full((len(picked), longest), self.pad)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        mask = torch.zeros_like(ids)
+        for line, (row_tokens, row_labels) in enumerate(picked):
+            ids[line, : row_tokens.numel()] = row_tokens
+            labels[line, : row_tokens.numel()] = row_labels
+            mask[line, : row_tokens.numel()] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def _round(self, number: int) -> list[int]:
+        # torch.Generator spreads seeds badly when they differ in few bits: mix round and seed first
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) & 0x7FFF_FFFF_FFFF_FFFF)
+        return torch.randperm(len(self.rows), generator=generator).tolist()
+
+
+def safety_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """``L_safe`` of a batch, through TRL's fused head where the model has been given one.
+
+    Args:
+        model: The trainer's own model.
+        batch: From `SafetySet.batch`, on the model's device.
+
+    Returns:
+        A scalar with gradient, in nats per token.
+    """
+    labels = batch["labels"][:, 1:]
+    if _has_fused_head(model):
+        per_token = -model(**batch, fused_lm_head=True).log_probs
+    else:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        per_token = torch.nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORE_INDEX
+        )
+    counted = (labels != IGNORE_INDEX).to(per_token.dtype)
+    return ((per_token * counted).sum(1) / counted.sum(1)).mean()
+
+
+def _has_fused_head(model: nn.Module) -> bool:
+    base = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
+    # accelerate keeps what it wrapped for mixed precision
+    forward = vars(base).get("_original_forward") or vars(base).get("forward")
+    if forward is None:
+        return False
+    return "fused_lm_head" in inspect.signature(getattr(forward, "__func__", forward), follow_wrapped=False).parameters
+
+
+def _as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": row["completion"]}],
+    }
+
+
+def _tokenize(row: Mapping[str, Any], number: int, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens and labels of one row."""
+    if "input_ids" in row:
+        tokens = list(row["input_ids"])
+        return tokens, list(row.get("labels", tokens))
+    if tokenizer is None:
+        raise DataError("the safety rows are text, and the trainer has no tokenizer: give it processing_class=...")
+    if "text" in row:
+        tokens = tokenizer(_with_end(row["text"], tokenizer))["input_ids"]
+        return tokens, tokens
+    prompt, completion = _prompt_and_completion(row, number)
+    if isinstance(prompt, str):
+        start = tokenizer(prompt)["input_ids"]
+        tokens = tokenizer(prompt + _with_end(completion, tokenizer))["input_ids"]
+    else:
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"safety row {number} is a conversation, and the tokenizer has no chat template; give plain prompt and "
+                "completion texts, or set tokenizer.chat_template"
+            )
+        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        tokens = tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
+    # the answer starts where the two part: tokens may merge across the boundary
+    same = next((i for i, (a, b) in enumerate(zip(start, tokens, strict=False)) if a != b), min(len(start), len(tokens)))
+    return tokens, [IGNORE_INDEX] * same + tokens[same:]
+
+
+def _prompt_and_completion(row: Mapping[str, Any], number: int) -> tuple[Any, Any]:
+    if "prompt" in row and "completion" in row:
+        return row["prompt"], row["completion"]
+    turns = row.get("messages") or row.get("conversations")
+    if not turns:
+        raise DataError(f"safety row {number} has the fields {sorted(row)}; allowed: {_SCHEMAS}")
+    turns = [
+        turn if "role" in turn else {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+        for turn in turns
+    ]
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answers:
+        raise DataError(f"safety row {number} is a conversation without an assistant turn, so it has no answer to learn")
+    return turns[: answers[-1]], turns[answers[-1] : answers[-1] + 1]
+
+
+def _with_end(text: str, tokenizer: Any) -> str:
+    end = tokenizer.eos_token or ""
+    return text if text.endswith(end) else text + end

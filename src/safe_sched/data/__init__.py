@@ -1,0 +1,1 @@
+"""The small safety data set that ships with safe-sched (see README.md in this folder)."""

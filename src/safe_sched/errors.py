@@ -1,0 +1,55 @@
+"""The errors this package raises: each says what was seen, what is allowed, and what to do next.
+
+Every class is a `SafeSchedError`, so one ``except`` clause catches whatever stops a defended run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SafeSchedError(Exception):
+    """Base class of every error that safe-sched raises on purpose."""
+
+
+class OptionError(SafeSchedError, ValueError):
+    """An option is unknown, out of range, or does not fit another option."""
+
+
+class DataError(SafeSchedError, ValueError):
+    """A data set, a row of it, or a safety set cannot be used as it is."""
+
+
+class ModelError(SafeSchedError, RuntimeError):
+    """The model or the trainer computes its loss in a way the gate does not know."""
+
+
+class CoverageError(SafeSchedError, RuntimeError):
+    """A row would have been trained on without a weight of its own."""
+
+
+class NumericsError(SafeSchedError, RuntimeError):
+    """A loss or a weight is not a finite number."""
+
+
+class StateError(SafeSchedError, RuntimeError):
+    """A saved scheduler state is missing, damaged, or belongs to another run."""
+
+
+def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> OptionError:
+    """The error for a name that is not in a list of allowed ones, with the nearest allowed name.
+
+    Args:
+        kind: What is being named, for example ``"option of BDS"``.
+        name: The name that was given.
+        allowed: The names that exist.
+
+    Example:
+        >>> print(unknown_name("scheduler", "bsd", ["bds", "fixed"]))
+        unknown scheduler 'bsd' (did you mean 'bds'?); allowed: 'bds', 'fixed'
+    """
+    names = sorted(allowed)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return OptionError(f"unknown {kind} {name!r}{hint}; allowed: {', '.join(map(repr, names)) or 'none'}")

@@ -1,0 +1,7 @@
+"""The methods: each decides how much a row may teach. One a file, in the order config, state, init, weights, update."""
+
+from safe_sched.schedulers.bds import BDS
+from safe_sched.schedulers.catalog import CATALOG, build
+from safe_sched.schedulers.fixed import Fixed
+
+__all__ = ["BDS", "CATALOG", "Fixed", "build"]

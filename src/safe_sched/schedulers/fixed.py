@@ -1,0 +1,137 @@
+"""Fixed weights: the rows get the factors they are given. For ablations, for tests, and for weights from a file.
+
+    w_i = the given number,  or 1 for every row
+
+Without weights this scheduler changes nothing, bit for bit. Cost: one look-up per row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safe_sched.errors import DataError, OptionError
+from safe_sched.index import RowIndex
+from safe_sched.schedulers.options import options
+from safe_sched.types import Observation, State
+
+
+@dataclass
+class FixedState(State):
+    """``weight``: float32 (slots,), the factor of every slot."""
+
+    weight: Tensor
+
+
+@options
+class Fixed:
+    """Given weights per training row.
+
+    Args:
+        values: One number >= 0 per row of the training set, in the order in which the trainer holds them (a list,
+            a tensor or an array), or None for weight 1 everywhere. Rows with the same content must have the same
+            weight.
+        keys: Where given, ``values[i]`` belongs to the row with key ``keys[i]`` instead (as ``callback.table()``
+            lists keys), in any order; every training row must be among them. This is the way for packed sets,
+            whose rows are cut and moved.
+
+    Raises:
+        OptionError: A weight is negative or not finite, or there are not as many keys as weights.
+        DataError: At the start of training: the number of weights is not the number of rows, two identical rows
+            have different weights, or a row has no weight.
+
+    Example:
+        >>> from safe_sched import Fixed
+        >>> from safe_sched.index import RowIndex
+        >>> scheduler = Fixed([1.0, 0.5, 0.0])
+        >>> state = scheduler.init(RowIndex(torch.tensor([30, 10, 20])))
+        >>> scheduler.slot_weights(state)  # in the order of the keys
+        tensor([0.5000, 0.0000, 1.0000])
+    """
+
+    name: ClassVar[str] = "fixed"
+    state_type: ClassVar[type[State]] = FixedState
+    needs_nll: ClassVar[bool] = False
+
+    values: Any = dataclasses.field(default=None, repr=False)
+    keys: Any = dataclasses.field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.values is None:
+            if self.keys is not None:
+                raise OptionError("Fixed(keys=...) names rows but gives no weights; add values, one per key")
+            return
+        values = self._values()
+        bad = (~(torch.isfinite(values) & (values >= 0))).nonzero().flatten()
+        if bad.numel():
+            raise OptionError(
+                f"Fixed: weight number {int(bad[0])} is {float(values[bad[0]])}; allowed: finite numbers >= 0"
+            )
+        if self.keys is not None and len(self.keys) != values.numel():
+            raise OptionError(f"Fixed: {len(self.keys)} keys for {values.numel()} weights; give one key per weight")
+
+    def _values(self) -> Tensor:
+        return torch.as_tensor(np.asarray(self.values), dtype=torch.float32).flatten()
+
+    def settings(self) -> dict[str, object]:
+        """The options as plain JSON values. The weights themselves are in the state."""
+        return {"name": self.name, "weights": "equal" if self.values is None else "given"}
+
+    def init(self, index: RowIndex) -> FixedState:
+        """See `safe_sched.types.Scheduler.init`."""
+        if self.values is None:
+            return FixedState(torch.ones(index.slots))
+        values = self._values()
+        if self.keys is not None:
+            return FixedState(self._by_key(index, values))
+        if index.row_slots is None:
+            raise DataError("Fixed(values) needs a training set with rows to count; for a stream give keys as well")
+        if values.numel() != index.rows:
+            raise DataError(
+                f"Fixed has {values.numel()} weights for a training set of {index.rows} rows. Give one weight per row "
+                "that the trainer holds (it may have dropped or packed some), or tie weights to rows with keys=..."
+            )
+        slots = index.row_slots.long()
+        weight = torch.empty(index.slots).scatter_(0, slots, values)
+        differs = (weight[slots] != values).nonzero().flatten()
+        if differs.numel():
+            row = int(differs[0])
+            twin = int((slots == slots[row]).nonzero()[-1])
+            raise DataError(
+                f"Fixed: rows {row} and {twin} have the same content but weights {float(values[row])} and "
+                f"{float(weight[slots[row]])}; give identical rows one weight"
+            )
+        return FixedState(weight)
+
+    def grow(self, state: FixedState, index: RowIndex) -> FixedState:
+        """See `safe_sched.types.Scheduler.grow`."""
+        return self.init(index)
+
+    def _by_key(self, index: RowIndex, values: Tensor) -> Tensor:
+        keys = torch.as_tensor(np.asarray(self.keys).astype(np.uint64).view(np.int64))
+        order = keys.argsort()
+        place = torch.searchsorted(keys[order], index.keys).clamp(max=keys.numel() - 1)
+        found = keys[order][place] == index.keys
+        if not bool(found.all()):
+            raise DataError(
+                f"Fixed(keys=...) has no weight for {int((~found).sum())} of {index.slots} distinct training rows; "
+                "the keys come from another data set, tokenizer or chat template: compute them again on this one"
+            )
+        return values[order][place]
+
+    def weights(self, state: FixedState, batch: Observation) -> Tensor:
+        """See `safe_sched.types.Scheduler.weights`."""
+        return state.weight[batch.slots]
+
+    def update(self, state: FixedState, step: Observation) -> dict[str, float]:
+        """Nothing to learn."""
+        return {}
+
+    def slot_weights(self, state: FixedState) -> Tensor:
+        """See `safe_sched.types.Scheduler.slot_weights`."""
+        return state.weight

@@ -1,0 +1,286 @@
+"""The one mutable object that integrations talk to: it owns the state, the coverage count and the numbers to log.
+
+The order of calls is the loop in `safe_sched.types`: ``begin_step`` with everything the optimiser step will train on,
+``weigh`` once per micro-batch after its forward, ``mark_gated`` when its backward came through the gate, ``end_step``.
+A step in which any of these is missing for any row ends with an error: a run that ends without one was defended on
+every row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from safe_sched.errors import CoverageError, NumericsError, OptionError
+from safe_sched.identity import Layout, keys_of
+from safe_sched.index import RowIndex
+from safe_sched.losses import label_counts
+from safe_sched.state import load_state, require_same, save_state
+from safe_sched.types import Observation, Scheduler, State
+
+Normalizer = Literal["token", "row"]
+
+
+@dataclass
+class Batch:
+    """One micro-batch on its way through a step.
+
+    Attributes:
+        labels: int64 (batch, sequence), for the losses.
+        layout: Where its rows lie.
+        slots: int64 (rows,), -1 for a run of tokens without labels, which teaches nothing.
+        label_tokens: int64 (rows,).
+        factors: float32 (rows,), what the gate multiplies by: 1 until weighed, and for rows that teach nothing.
+        weighed: Whether the scheduler gave its weights.
+        gated: Whether a backward came through the gate.
+    """
+
+    labels: Tensor
+    layout: Layout
+    slots: Tensor
+    label_tokens: Tensor
+    factors: Tensor
+    weighed: bool = False
+    gated: bool = False
+
+
+class Session:
+    """A scheduler at work on one training set.
+
+    Args:
+        scheduler: The method.
+        index: The rows of the training set.
+        normalizer: What the weighted loss is a mean over. ``"token"``: the trainer's own mean over label tokens.
+            ``"row"``: the mean over rows of each row's mean, as the BDS paper writes its loss; every row then counts
+            the same, however long its answer. Equal weights leave training untouched with ``"token"`` only.
+
+    Example:
+        >>> import torch
+        >>> from safe_sched import Fixed
+        >>> from safe_sched.identity import layout_of, keys_of
+        >>> ids = torch.tensor([[5, 6, 7], [8, 9, 3]])
+        >>> where = layout_of(ids)
+        >>> session = Session(Fixed([1.0, 0.25]), RowIndex(keys_of(ids, ids, where)))
+        >>> (batch,) = session.begin_step([(ids, ids, where)])
+        >>> session.weigh(batch, nll=None).tolist()
+        [1.0, 0.25]
+        >>> session.mark_gated(batch)
+        >>> session.end_step()["safe_sched/weight_mean"]
+        0.625
+        >>> session.table().column("seen").to_pylist()
+        [1, 1]
+    """
+
+    def __init__(self, scheduler: Scheduler, index: RowIndex, normalizer: Normalizer = "token") -> None:
+        if normalizer not in get_args(Normalizer):
+            raise OptionError(f"normalizer={normalizer!r}; allowed: {', '.join(map(repr, get_args(Normalizer)))}")
+        self.scheduler = scheduler
+        self.index = index
+        self.normalizer = normalizer
+        self.state: State = scheduler.init(index)
+        self.seen = torch.zeros(index.slots, dtype=torch.int32)
+        self.steps = 0
+        self.rows_trained = 0
+        self._batches: list[Batch] = []
+        self._observed: list[Observation] = []
+        self._weights: list[Tensor] = []
+
+    # one step ---------------------------------------------------------------------------------------------------
+
+    def begin_step(self, batches: Sequence[tuple[Tensor, Tensor, Layout]]) -> list[Batch]:
+        """Identify every row of an optimiser step before its first forward.
+
+        Args:
+            batches: ``(input_ids, labels, layout)`` of each micro-batch, in order.
+
+        Returns:
+            One `Batch` per micro-batch.
+
+        Raises:
+            CoverageError: A row is not in the training set that was indexed at the start.
+        """
+        self._batches, self._observed, self._weights = [], [], []
+        for input_ids, labels, layout in batches:
+            keys = keys_of(input_ids, labels, layout)
+            tokens = label_counts(labels, layout).cpu()
+            keys, teaches = keys.cpu(), tokens > 0
+            if self.index.streaming and self.index.add(keys[teaches]):
+                self._grow()
+            slots = torch.where(teaches, self.index.lookup(keys), -1)
+            unknown = (teaches & (slots < 0)).nonzero().flatten()
+            if unknown.numel():
+                self._raise_unknown(input_ids, layout, unknown)
+            self._batches.append(
+                Batch(labels, layout, slots, tokens, torch.ones(layout.rows, device=labels.device))
+            )
+        return self._batches
+
+    def _raise_unknown(self, input_ids: Tensor, layout: Layout, unknown: Tensor) -> None:
+        row = int(unknown[0])
+        head = input_ids[layout.row == row][:12].tolist()
+        raise CoverageError(
+            f"{unknown.numel()} of {layout.rows} rows in a batch of step {self.steps} are not among the "
+            f"{self.index.rows} rows that the training set had at the start (first: row {row} of the batch, tokens "
+            f"{head}...). The collator or a transform changes rows at run time, or the set was changed. Switch the "
+            "run-time change off, or do it to the data set before training."
+        )
+
+    def _grow(self) -> None:
+        self.state = self.scheduler.grow(self.state, self.index)
+        self.seen = torch.cat([self.seen, self.seen.new_zeros(self.index.slots - self.seen.numel())])
+
+    def weigh(
+        self, batch: Batch, nll: Tensor | None, mean_tokens: float | None = None
+    ) -> Tensor:
+        """The factors of a micro-batch's rows, once its forward is done.
+
+        Args:
+            batch: From `begin_step`.
+            nll: float32 (rows,) in nats per token, or None where the scheduler does not need it.
+            mean_tokens: Label tokens per row of the optimiser step, as the trainer's loss counts them; needed
+                for ``normalizer="row"``.
+
+        Returns:
+            float32 (rows,) on the batch's device; also kept in ``batch.factors``.
+
+        Raises:
+            NumericsError: A loss or a weight is not finite, or a weight is negative.
+        """
+        teaches = (batch.slots >= 0).nonzero().flatten()
+        losses = None if nll is None else nll.cpu()[teaches]
+        if losses is not None and not bool(torch.isfinite(losses).all()):
+            bad = teaches[(~torch.isfinite(losses)).nonzero().flatten()]
+            raise NumericsError(
+                f"the loss of {bad.numel()} rows is not finite at step {self.steps} (training rows "
+                f"{self._rows_of(batch.slots[bad])}). Lower the learning rate, train in bfloat16 or float32 instead of "
+                "float16, or look at these rows."
+            )
+        seen = Observation(batch.slots[teaches], losses, batch.label_tokens[teaches], self.steps)
+        weights = self.scheduler.weights(self.state, seen)
+        if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+            bad = (~(torch.isfinite(weights) & (weights >= 0))).nonzero().flatten()
+            raise NumericsError(
+                f"{self.scheduler.name} gave {bad.numel()} weights that are negative or not finite at step "
+                f"{self.steps} (first: {float(weights[bad[0]])}); allowed: finite numbers >= 0. Lower its learning rate."
+            )
+        factors = weights
+        if self.normalizer == "row":
+            assert mean_tokens is not None
+            factors = weights * (mean_tokens / batch.label_tokens[teaches])
+        batch.factors[teaches.to(batch.factors.device)] = factors.to(batch.factors)
+        batch.weighed = True
+        self._observed.append(seen)
+        self._weights.append(weights)
+        return batch.factors
+
+    def mark_gated(self, batch: Batch) -> None:
+        """Note that the gradients of a micro-batch came through the gate."""
+        batch.gated = True
+
+    def end_step(self) -> dict[str, float]:
+        """Let the scheduler learn from the step; returns what to log.
+
+        Raises:
+            CoverageError: A micro-batch of the step was trained on without its weights.
+        """
+        missed = [i for i, batch in enumerate(self._batches) if not (batch.weighed and batch.gated)]
+        if missed or not self._batches:
+            raise CoverageError(
+                f"micro-batches {missed} of {len(self._batches)} in step {self.steps} were trained on without passing "
+                "the gate: this trainer takes its loss from another output of the model than the gate knows. See "
+                "docs/compatibility.md for what is supported."
+            )
+        step = Observation.concatenate(self._observed)
+        metrics = self.scheduler.update(self.state, step)
+        self.seen.index_add_(0, step.slots, torch.ones(step.slots.numel(), dtype=torch.int32))
+        self.rows_trained += step.slots.numel()
+        self.steps += 1
+        weights = torch.cat(self._weights)
+        self._batches, self._observed, self._weights = [], [], []
+        return {
+            **{f"safe_sched/{name}": value for name, value in metrics.items()},
+            "safe_sched/weight_mean": float(weights.mean()),
+            "safe_sched/weight_min": float(weights.min()),
+            "safe_sched/weight_max": float(weights.max()),
+        }
+
+    # results ----------------------------------------------------------------------------------------------------
+
+    def row_weights(self) -> Tensor:
+        """The weight of every row of the training set now: float32 (rows,), in the order of the set."""
+        weights = self.scheduler.slot_weights(self.state)
+        return weights if self.index.row_slots is None else weights[self.index.row_slots.long()]
+
+    def effective_sample_size(self) -> float:
+        """``(sum w)**2 / sum w**2`` over the rows of the training set: between 1 and their number."""
+        weights = self.row_weights().double()
+        square = float((weights * weights).sum())
+        return float(weights.sum()) ** 2 / square if square else math.nan
+
+    def table(self) -> pa.Table:
+        """One line per training row: ``row`` int64, ``key`` uint64, ``weight`` float32, ``seen`` int32.
+
+        ``seen`` counts how often the row's content was trained on, so identical rows share one count.
+        """
+        slots = torch.arange(self.index.slots) if self.index.row_slots is None else self.index.row_slots.long()
+        return pa.table(
+            {
+                "row": pa.array(range(slots.numel()), pa.int64()),
+                "key": pa.array(self.index.keys[slots].numpy().view("uint64")),
+                "weight": pa.array(self.row_weights().numpy()),
+                "seen": pa.array(self.seen[slots].numpy()),
+            }
+        )
+
+    def _rows_of(self, slots: Tensor, at_most: int = 5) -> list[int]:
+        rows: list[int] = []
+        for slot in slots[:at_most].tolist():
+            found = [slot] if self.index.row_slots is None else (self.index.row_slots == slot).nonzero()[0].tolist()
+            rows += found
+        return rows
+
+    # saving -----------------------------------------------------------------------------------------------------
+
+    def _binding(self) -> dict[str, Any]:
+        """What a saved state must agree with."""
+        data = "stream" if self.index.streaming else self.index.fingerprint()
+        return {"scheduler": self.scheduler.settings(), "normalizer": self.normalizer, "data": data}
+
+    def save(self, path: Path, **header: Any) -> None:
+        """Write the state, the counts and, for a stream, the keys."""
+        tensors = {f"state.{name}": value for name, value in self.state.tensors().items()}
+        tensors["seen"] = self.seen
+        if self.index.streaming:
+            tensors["keys"] = self.index.keys
+        save_state(
+            path,
+            tensors,
+            {**header, **self._binding(), "steps": self.steps, "rows_trained": self.rows_trained},
+        )
+
+    def load(self, path: Path, steps: int | None = None) -> None:
+        """Go on from what `save` wrote.
+
+        Args:
+            path: The state file.
+            steps: Optimiser steps that the checkpoint says were done, to be compared.
+
+        Raises:
+            StateError: It is missing, damaged, or was saved by another run.
+        """
+        tensors, header = load_state(path)
+        require_same(path, header, self._binding() | ({} if steps is None else {"steps": steps}))
+        if self.index.streaming:
+            self.index.add(tensors["keys"])
+        prefix = "state."
+        fields = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+        self.state = self.scheduler.state_type.from_tensors(fields)
+        self.seen = tensors["seen"]
+        self.steps, self.rows_trained = header["steps"], header["rows_trained"]

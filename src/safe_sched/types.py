@@ -1,0 +1,114 @@
+"""The shapes that schedulers and integrations agree on, and the loop that they share.
+
+One optimiser step, as an integration runs it (the trainer's own lines are unmarked, ours start with ``>``)::
+
+      batches = the micro-batches of this optimiser step
+    > session.begin_step(batches)                     # row keys, label counts; unknown rows stop the run
+    > safety batch: backward of safety_weight * L_safe   # on empty gradients, where a safety set is given
+      for batch in batches:
+          loss = model(batch)                         # the trainer's own forward and loss
+    >     session.weigh(batch, nll)                   # scheduler.weights(...) -> a factor per row
+          loss.backward()                             # the gate multiplies each row's gradient by its factor
+      clip, optimizer.step(), zero_grad()
+    > session.end_step()                              # scheduler.update(...) with what the step saw
+
+A *slot* is the place of a row key among the distinct keys of the training set: identical rows share one slot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from safe_sched.index import RowIndex
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is known of some rows: of one micro-batch for ``weights``, of the whole step for ``update``.
+
+    Attributes:
+        slots: int64 (rows,), the row's place among the distinct rows of the training set.
+        nll: float32 (rows,), mean loss of the row's label tokens in nats per token, or None where the scheduler
+            does not ask for it.
+        label_tokens: int64 (rows,), label tokens of the row, at least 1.
+        step: Optimiser steps done before this one.
+    """
+
+    slots: Tensor
+    nll: Tensor | None
+    label_tokens: Tensor
+    step: int
+
+    @staticmethod
+    def concatenate(parts: list[Observation]) -> Observation:
+        """Several observations of one step as one."""
+        nll = [part.nll for part in parts]
+        return Observation(
+            slots=torch.cat([part.slots for part in parts]),
+            nll=None if any(x is None for x in nll) else torch.cat([x for x in nll if x is not None]),
+            label_tokens=torch.cat([part.label_tokens for part in parts]),
+            step=parts[0].step,
+        )
+
+
+@dataclass
+class State:
+    """Base of every scheduler's state: a dataclass whose fields are tensors and integers, and nothing else.
+
+    Declared fields are all there is to save, so a resume needs no code in the scheduler.
+    """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields as named tensors; integers become 0-dimensional int64 tensors."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: v if isinstance(v, Tensor) else torch.tensor(v) for k, v in values.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
+        """The inverse of `tensors`."""
+        kinds = {field.name: field.type for field in fields(cls)}
+        return cls(**{k: int(v) if kinds[k] in ("int", int) else v for k, v in tensors.items()})
+
+
+@runtime_checkable
+class Scheduler(Protocol):
+    """How much each row may teach. Settings live in the scheduler, everything that changes in its `State`.
+
+    ``weights`` have mean 1 over the rows of the training set wherever the method says so; weight 1 leaves a row as
+    the trainer would have treated it.
+    """
+
+    name: ClassVar[str]
+    """The name in the catalogue."""
+    state_type: ClassVar[type[State]]
+    """The class of its state, for loading."""
+    needs_nll: ClassVar[bool]
+    """Whether ``weights`` or ``update`` read the rows' losses."""
+
+    def settings(self) -> dict[str, object]:
+        """The options as plain JSON values, for the manifest and the check at a resume."""
+        ...
+
+    def init(self, index: RowIndex) -> State:
+        """The state before the first step, with a place for every slot of ``index``."""
+        ...
+
+    def grow(self, state: State, index: RowIndex) -> State:
+        """The same state with places for the slots that a stream has added at the end of ``index``."""
+        ...
+
+    def weights(self, state: State, batch: Observation) -> Tensor:
+        """Factors for the rows of one micro-batch: float32 (rows,), on the CPU."""
+        ...
+
+    def update(self, state: State, step: Observation) -> dict[str, float]:
+        """Learn from one optimiser step, in place; returns numbers to log."""
+        ...
+
+    def slot_weights(self, state: State) -> Tensor:
+        """The weight of every slot now: float32 (slots,)."""
+        ...
