@@ -109,12 +109,14 @@ def make_sft(
 ) -> SFTTrainer:
     """A real TRL trainer on the CPU."""
     peft = changes.pop("peft_config", None)
+    evaluated = Dataset.from_list(changes.pop("eval_rows")) if "eval_rows" in changes else None
     tokenizer = changes.pop("processing_class", None) or make_tokenizer()
     settings = COMMON | {"bf16": False, "max_length": 64, "output_dir": str(folder)} | changes
     return SFTTrainer(
         model=make_model() if model is None else model,
         args=SFTConfig(**settings),
         train_dataset=Dataset.from_list(list(rows)),
+        eval_dataset=evaluated,
         processing_class=tokenizer,
         callbacks=list(callbacks),
         peft_config=peft,
@@ -126,11 +128,13 @@ def make_hf(
 ) -> Trainer:
     """A real HF Trainer on the CPU; rows are token rows."""
     tokenizer = changes.pop("processing_class", None) or make_tokenizer()
+    evaluated = Dataset.from_list(changes.pop("eval_rows")) if "eval_rows" in changes else None
     collator = changes.pop("data_collator", None) or DataCollatorForSeq2Seq(tokenizer)
     return Trainer(
         model=make_model() if model is None else model,
         args=TrainingArguments(**(COMMON | {"output_dir": str(folder)} | changes)),
         train_dataset=Dataset.from_list(list(rows)),
+        eval_dataset=evaluated,
         processing_class=tokenizer,
         data_collator=collator,
         callbacks=list(callbacks),
@@ -159,21 +163,19 @@ def parameters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Largest difference of two sets of tensors, relative to the largest entry of each expected tensor."""
+    """Largest over the tensors of |found - expected| / |expected|, in Euclidean norm."""
     assert found.keys() == expected.keys()
     worst = 0.0
     for name, tensor in expected.items():
-        scale = max(float(tensor.abs().max()), 1e-12)
-        worst = max(worst, float((found[name] - tensor).abs().max()) / scale)
+        difference = float((found[name].double() - tensor.double()).norm())
+        worst = max(worst, difference / max(float(tensor.double().norm()), 1e-12))
     return worst
 
 
 def hooks_on(model: torch.nn.Module) -> int:
-    """How many hooks of any kind sit on a model."""
-    return sum(
-        len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
-        for module in model.modules()
-    )
+    """How many hooks of ours sit on a model: forward, before it, or backward."""
+    tables = (t for m in model.modules() for t in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks))
+    return sum(hook.__module__.startswith("safe_sched") for table in tables for hook in table.values())
 
 
 @contextlib.contextmanager

@@ -151,8 +151,12 @@ class Attachment:
                 "get_batch_samples, so its rows are not known. Trainers that make their own batches are not supported."
             )
         batch, mean_tokens = self._queue.pop(0)
-        with self._listening(batch, mean_tokens):
-            return original(*args, **kwargs)
+        try:
+            with self._listening(batch, mean_tokens):
+                return original(*args, **kwargs)
+        except BaseException:
+            self.detach()  # nobody tells a callback that training has failed
+            raise
 
     def _log(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
         if "loss" in logs:  # the record of training steps; not evaluation, not the closing summary
@@ -218,10 +222,10 @@ class Attachment:
             gated, length = seen["hidden"], labels.shape[1]
             _refuse_fused(session.scheduler.name, needs_nll, head)
         else:
+            returned = sorted(output) if isinstance(output, Mapping) else type(output).__name__
             raise ModelError(
-                f"{type(self.trainer.model).__name__} returned {sorted(output) if isinstance(output, Mapping) else type(output).__name__}"
-                ", from which the loss of a row cannot be told. Needed: log_probs with label_mask, logits, or a loss "
-                "computed from the last hidden state."
+                f"{type(self.trainer.model).__name__} returned {returned}, from which the loss of a row cannot be "
+                "told. Needed: log_probs with label_mask, logits, or a loss computed from the last hidden state."
             )
         if gated.shape[:2] != (labels.shape[0], length):
             raise ModelError(
@@ -244,8 +248,9 @@ def _refuse_fused(scheduler: str, needs_nll: bool, head: nn.Module | None) -> No
     if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
         raise ModelError(
             "the model's loss is fused with its output embedding (Liger, cut cross-entropy), and that embedding is "
-            "being trained: the weights could not reach its gradient. Switch the fused loss off (use_liger_kernel=False, "
-            "or fused_linear_cross_entropy=False in liger_kernel_config), or freeze the embedding, as LoRA does."
+            "being trained: the weights could not reach its gradient. Switch the fused loss off "
+            "(use_liger_kernel=False, or fused_linear_cross_entropy=False in liger_kernel_config), or freeze the "
+            "embedding, as LoRA does."
         )
     if needs_nll:
         raise ModelError(

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 import safe_sched
 from safe_sched.errors import DataError, ModelError, NumericsError, OptionError, unknown_name
 from safe_sched.schedulers import build
-from safe_sched.session import Normalizer, Session
+from safe_sched.session import Normalizer, Session, require_normalizer
 from safe_sched.state import MANIFEST_FILE, STATE_FILE
 from safe_sched.types import Scheduler
 from safe_sched_hf.attachment import Attachment, calling_trainer
@@ -58,7 +58,7 @@ class SafeSchedCallback(TrainerCallback):
         >>> SafeSchedCallback(BDS(), safety_date="core")
         Traceback (most recent call last):
         ...
-        safe_sched.errors.OptionError: unknown option of SafeSchedCallback 'safety_date' (did you mean 'safety_data'?); ...
+        safe_sched.errors.OptionError: unknown option of SafeSchedCallback 'safety_date' (did you mean ...
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class SafeSchedCallback(TrainerCallback):
                 f"safety_weight={safety_weight}; allowed: a finite number > 0. To train without safety rows leave "
                 "safety_data out."
             )
+        require_normalizer(normalizer)
         self.scheduler = build(scheduler)
         if not isinstance(self.scheduler, Scheduler):
             raise OptionError(f"{scheduler!r} is not a scheduler; use safe_sched.BDS, safe_sched.Fixed, or a name")
@@ -119,7 +120,9 @@ class SafeSchedCallback(TrainerCallback):
         if hasattr(dataset, "__len__") and len(dataset) == 0:  # pyright: ignore[reportArgumentType]
             raise DataError("the training set has no rows; give the trainer at least one row to train on")
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Identify the rows, read the safety set, go on from a checkpoint, attach."""
         if self._attachment is not None:
             self._attachment.detach()
@@ -127,8 +130,8 @@ class SafeSchedCallback(TrainerCallback):
         _refuse_unsupported(trainer)
         loader = kwargs["train_dataloader"]
         index = index_rows(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
-        self._session = Session(self.scheduler, index, self.normalizer)
         self._safety = self._read_safety(args, kwargs.get("processing_class"))
+        self._session = Session(self.scheduler, index, self.normalizer, {"safety": self._safety_settings()})
         if state.global_step > 0:
             folder = resumed_from or f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             self._session.load(Path(folder) / STATE_FILE, steps=state.global_step)
@@ -146,7 +149,20 @@ class SafeSchedCallback(TrainerCallback):
             seed=args.seed if self.seed is None else self.seed,
         )
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def _safety_settings(self) -> dict[str, Any] | None:
+        safety = self._safety
+        if safety is None:
+            return None
+        return {
+            "fingerprint": safety.fingerprint(),
+            "batch_size": safety.batch_size,
+            "weight": self.safety_weight,
+            "seed": safety.seed,
+        }
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Run the safety batch: gradients are empty now, so the user's micro-batches add to its own."""
         attachment = self._attachment
         if self._safety is None or attachment is None:
@@ -182,7 +198,9 @@ class SafeSchedCallback(TrainerCallback):
                 folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / STATE_FILE, version=safe_sched.__version__
             )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Leave the trainer as it was, and write down that the run was defended."""
         if self._attachment is None:
             return
@@ -190,21 +208,19 @@ class SafeSchedCallback(TrainerCallback):
         self._attachment.detach()
         self._attachment = None
         if state.is_world_process_zero and self.session.steps:
-            path = Path(args.output_dir) / MANIFEST_FILE
+            path = Path(args.output_dir or ".") / MANIFEST_FILE
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self._manifest(trainer), indent=2) + "\n", encoding="utf-8")
 
     def _manifest(self, trainer: Trainer) -> dict[str, Any]:
-        session, safety = self.session, self._safety
+        session = self.session
         seen = session.seen > 0
         return {
             "defended": True,
             "trainer": type(trainer).__name__,
             "scheduler": session.scheduler.settings(),
             "normalizer": session.normalizer,
-            "safety": None
-            if safety is None
-            else {"rows": len(safety.rows), "batch_size": safety.batch_size, "weight": self.safety_weight},
+            **session.settings,
             "data": {
                 "fingerprint": session.index.fingerprint(),
                 "rows": session.index.rows,
@@ -212,7 +228,11 @@ class SafeSchedCallback(TrainerCallback):
                 "distinct_rows_trained_on": int(seen.sum()),
             },
             # end_step stops the run where this would be less than all
-            "coverage": {"steps": session.steps, "rows_trained_on": session.rows_trained, "rows_weighed": session.rows_trained},
+            "coverage": {
+                "steps": session.steps,
+                "rows_trained_on": session.rows_trained,
+                "rows_weighed": session.rows_trained,
+            },
             "versions": {"safe-sched": safe_sched.__version__}
             | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")},
         }
@@ -240,5 +260,3 @@ def _refuse_unsupported(trainer: Trainer) -> None:
                 f"SafeSchedCallback does not support {what} yet: the run would not be defended on every row. Run one "
                 "process on one device without it."
             )
-
-

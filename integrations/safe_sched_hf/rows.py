@@ -52,9 +52,10 @@ def index_rows(dataset: Any, collate: Callable[[list[Any]], Any], *, progress: b
         keys, counts, packed = fast if fast is not None else _from_batches(dataset, collate, progress)
     empty = (counts == 0).nonzero().flatten()
     if empty.numel() and (not packed or empty.numel() == counts.numel()):
+        more = ", ..." if empty.numel() > 5 else ""
         raise DataError(
             f"{empty.numel()} of {counts.numel()} training rows have no label token, so nothing can be learned from "
-            f"them (rows {empty[:5].tolist()}{', ...' if empty.numel() > 5 else ''}). Their answers are empty, masked or cut off "
+            f"them (rows {empty[:5].tolist()}{more}). Their answers are empty, masked or cut off "
             "by max_length: remove these rows or raise max_length."
         )
     return RowIndex(keys[counts > 0])
@@ -88,8 +89,10 @@ def _from_columns(
 def _keys_of_table(table: pa.Table) -> tuple[Tensor, Tensor]:
     def column(name: str) -> tuple[Tensor, Tensor]:
         lists = table.column(name).combine_chunks()
-        flat = pc.list_flatten(lists).to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
-        return torch.tensor(flat), torch.tensor(pc.list_value_length(lists).to_numpy().astype(np.int64))
+        flat = pc.call_function("list_flatten", [lists]).to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+        return torch.tensor(flat), torch.tensor(
+            pc.call_function("list_value_length", [lists]).to_numpy().astype(np.int64)
+        )
 
     tokens, lengths = column("input_ids")
     labels = column("labels")[0] if "labels" in table.column_names else None
@@ -98,9 +101,7 @@ def _keys_of_table(table: pa.Table) -> tuple[Tensor, Tensor]:
     return keys_of_flat(tokens, labels, lengths)
 
 
-def _from_batches(
-    dataset: Any, collate: Callable[[list[Any]], Any], progress: bool
-) -> tuple[Tensor, Tensor, bool]:
+def _from_batches(dataset: Any, collate: Callable[[list[Any]], Any], progress: bool) -> tuple[Tensor, Tensor, bool]:
     parts: list[tuple[Tensor, Tensor]] = []
     packed = False
     starts = range(0, len(dataset), _COLLATED)
@@ -125,8 +126,8 @@ def _keys_of_collated(inputs: Any) -> tuple[Tensor, Tensor]:
 @contextlib.contextmanager
 def _same_random_numbers() -> Iterator[None]:
     """Leave every generator as it was: a collator may draw numbers, and training must not notice."""
-    state, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    state, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         yield
     random.setstate(state)
-    np.random.set_state(legacy)  # noqa: NPY002
+    np.random.set_state(legacy)

@@ -1,7 +1,7 @@
 """Safety rows: from any schema that TRL takes to token rows, and from those to the batch of an optimiser step.
 
-The loss of a safety row is taken on its answer: on the completion, on the last assistant turn of a conversation, on the
-given labels; a plain text is trained on as a whole. The loss of a batch S is the mean over its rows of each row's mean::
+The loss of a safety row is taken on its answer: on the completion, on the last assistant turn of a conversation, on
+the given labels; a plain text is trained on as a whole. The loss of a batch S is the mean over rows of row means::
 
     L_safe = (1/|S|) sum_{i in S} nll_i
 """
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from safe_sched.errors import DataError
-from safe_sched.identity import IGNORE_INDEX
+from safe_sched.identity import IGNORE_INDEX, keys_of_flat
+from safe_sched.index import RowIndex
 from safe_sched.rows import CORE, read_rows
 
 SafetyData = str | Path | Iterable[Mapping[str, Any]]
@@ -39,9 +40,7 @@ class SafetySet:
         DataError: A row has no schema that is known or no answer token, or there are no rows.
     """
 
-    def __init__(
-        self, data: SafetyData, tokenizer: Any, max_length: int | None, batch_size: int, seed: int
-    ) -> None:
+    def __init__(self, data: SafetyData, tokenizer: Any, max_length: int | None, batch_size: int, seed: int) -> None:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds its tokenizer
         rows = read_rows(data)
         if isinstance(data, str) and data == CORE and getattr(tokenizer, "chat_template", None):
@@ -78,6 +77,12 @@ class SafetySet:
             labels[line, : row_tokens.numel()] = row_labels
             mask[line, : row_tokens.numel()] = 1
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def fingerprint(self) -> str:
+        """A name for the rows, whatever their order; see `safe_sched.index.RowIndex.fingerprint`."""
+        tokens, labels = (torch.cat(column) for column in zip(*self.rows, strict=True))
+        lengths = torch.tensor([row.numel() for row, _ in self.rows])
+        return RowIndex(keys_of_flat(tokens, labels, lengths)[0]).fingerprint()
 
     def _round(self, number: int) -> list[int]:
         # torch.Generator spreads seeds badly when they differ in few bits: mix round and seed first
@@ -147,7 +152,9 @@ def _tokenize(row: Mapping[str, Any], number: int, tokenizer: Any) -> tuple[list
         start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         tokens = tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
     # the answer starts where the two part: tokens may merge across the boundary
-    same = next((i for i, (a, b) in enumerate(zip(start, tokens, strict=False)) if a != b), min(len(start), len(tokens)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(start, tokens, strict=False)) if a != b), min(len(start), len(tokens))
+    )
     return tokens, [IGNORE_INDEX] * same + tokens[same:]
 
 
@@ -163,7 +170,9 @@ def _prompt_and_completion(row: Mapping[str, Any], number: int) -> tuple[Any, An
     ]
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers:
-        raise DataError(f"safety row {number} is a conversation without an assistant turn, so it has no answer to learn")
+        raise DataError(
+            f"safety row {number} is a conversation without an assistant turn, so it has no answer to learn"
+        )
     return turns[: answers[-1]], turns[answers[-1] : answers[-1] + 1]
 
 

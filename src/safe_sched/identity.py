@@ -133,9 +133,7 @@ def layout_of(
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask > 0
     if position_ids is None:
         line = torch.arange(batch, device=input_ids.device)[:, None].expand(batch, length)
-        return Layout(
-            row=line.masked_fill(~real, -1), position=real.cumsum(1) - 1, rows=batch, packed=False
-        )
+        return Layout(row=line.masked_fill(~real, -1), position=real.cumsum(1) - 1, rows=batch, packed=False)
 
     # packed: a row starts at the first real token of a line, where positions jump, or where the mask's id changes
     first = torch.ones_like(real)
@@ -216,9 +214,7 @@ def keys_of(input_ids: Tensor, labels: Tensor, layout: Layout) -> Tensor:
     return mix64(sum_by_row(tokens, layout) + mix64(sum_by_row(marks, layout)))
 
 
-def keys_of_flat(
-    tokens: Tensor, labels: Tensor | None, lengths: Tensor
-) -> tuple[Tensor, Tensor]:
+def keys_of_flat(tokens: Tensor, labels: Tensor | None, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and label counts of many rows stored end to end, as a column of a table stores them.
 
     The same keys as `keys_of`, without building a batch: one pass over the tokens.

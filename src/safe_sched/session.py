@@ -9,7 +9,7 @@ every row.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,6 +26,12 @@ from safe_sched.state import load_state, require_same, save_state
 from safe_sched.types import Observation, Scheduler, State
 
 Normalizer = Literal["token", "row"]
+
+
+def require_normalizer(name: str) -> None:
+    """Raise an `OptionError` unless ``name`` is a normaliser."""
+    if name not in get_args(Normalizer):
+        raise OptionError(f"normalizer={name!r}; allowed: {', '.join(map(repr, get_args(Normalizer)))}")
 
 
 @dataclass
@@ -60,6 +66,7 @@ class Session:
         normalizer: What the weighted loss is a mean over. ``"token"``: the trainer's own mean over label tokens.
             ``"row"``: the mean over rows of each row's mean, as the BDS paper writes its loss; every row then counts
             the same, however long its answer. Equal weights leave training untouched with ``"token"`` only.
+        settings: What else a resumed run must have in common with the saved one, as plain JSON values.
 
     Example:
         >>> import torch
@@ -78,12 +85,18 @@ class Session:
         [1, 1]
     """
 
-    def __init__(self, scheduler: Scheduler, index: RowIndex, normalizer: Normalizer = "token") -> None:
-        if normalizer not in get_args(Normalizer):
-            raise OptionError(f"normalizer={normalizer!r}; allowed: {', '.join(map(repr, get_args(Normalizer)))}")
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        index: RowIndex,
+        normalizer: Normalizer = "token",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        require_normalizer(normalizer)
         self.scheduler = scheduler
         self.index = index
         self.normalizer = normalizer
+        self.settings = dict(settings or {})
         self.state: State = scheduler.init(index)
         self.seen = torch.zeros(index.slots, dtype=torch.int32)
         self.steps = 0
@@ -117,9 +130,7 @@ class Session:
             unknown = (teaches & (slots < 0)).nonzero().flatten()
             if unknown.numel():
                 self._raise_unknown(input_ids, layout, unknown)
-            self._batches.append(
-                Batch(labels, layout, slots, tokens, torch.ones(layout.rows, device=labels.device))
-            )
+            self._batches.append(Batch(labels, layout, slots, tokens, torch.ones(layout.rows, device=labels.device)))
         return self._batches
 
     def _raise_unknown(self, input_ids: Tensor, layout: Layout, unknown: Tensor) -> None:
@@ -136,9 +147,7 @@ class Session:
         self.state = self.scheduler.grow(self.state, self.index)
         self.seen = torch.cat([self.seen, self.seen.new_zeros(self.index.slots - self.seen.numel())])
 
-    def weigh(
-        self, batch: Batch, nll: Tensor | None, mean_tokens: float | None = None
-    ) -> Tensor:
+    def weigh(self, batch: Batch, nll: Tensor | None, mean_tokens: float | None = None) -> Tensor:
         """The factors of a micro-batch's rows, once its forward is done.
 
         Args:
@@ -168,7 +177,8 @@ class Session:
             bad = (~(torch.isfinite(weights) & (weights >= 0))).nonzero().flatten()
             raise NumericsError(
                 f"{self.scheduler.name} gave {bad.numel()} weights that are negative or not finite at step "
-                f"{self.steps} (first: {float(weights[bad[0]])}); allowed: finite numbers >= 0. Lower its learning rate."
+                f"{self.steps} (first: {float(weights[bad[0]])}); allowed: finite numbers >= 0. Lower its "
+                "learning rate."
             )
         factors = weights
         if self.normalizer == "row":
@@ -251,7 +261,7 @@ class Session:
     def _binding(self) -> dict[str, Any]:
         """What a saved state must agree with."""
         data = "stream" if self.index.streaming else self.index.fingerprint()
-        return {"scheduler": self.scheduler.settings(), "normalizer": self.normalizer, "data": data}
+        return {"scheduler": self.scheduler.settings(), "normalizer": self.normalizer, "data": data, **self.settings}
 
     def save(self, path: Path, **header: Any) -> None:
         """Write the state, the counts and, for a stream, the keys."""

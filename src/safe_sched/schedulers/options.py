@@ -29,11 +29,10 @@ def options(cls: type[T]) -> type[T]:
         ...
         safe_sched.errors.OptionError: BDS(learning_rate=-1): Input should be greater than 0
     """
-    checked = pydantic.dataclasses.dataclass(
-        frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-    )(cls)
-    build: Any = checked.__init__
-    known = [field.name for field in dataclasses.fields(checked)]  # pyright: ignore[reportArgumentType]
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    checked: Any = pydantic.dataclasses.dataclass(frozen=True, config=config)(cls)
+    build = checked.__init__
+    known = [field.name for field in dataclasses.fields(checked)]
 
     @functools.wraps(build)
     def init(self: T, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,70 @@
+# Needs Python 3.11 and make. Everything else is installed into .venv, at the versions in constraints.txt.
+
+# Another interpreter: make PYTHON=/path/to/python3.11
+PYTHON ?= $(shell for p in python3.11 python3; do \
+  "$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Passed on to pytest: make test PYTEST_ARGS="-x -k gate"
+PYTEST_ARGS ?=
+
+# Nothing here needs the network or a GPU once the environment is built.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# pip is told not to byte-compile (that halves the installation); Python does so at the first import, if it may.
+unexport PYTHONDONTWRITEBYTECODE
+
+MAKEFLAGS += --no-builtin-rules
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check lint types imports docs bench clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r t d; do \
+	  printf '  make %-10s %s\n' "$$t" "$$d"; done
+
+env: $(STAMP) ## build .venv (the other targets do so when they need it)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || { \
+	  echo "Python 3.11 was not found (looked for python3.11 and python3). Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time takes a minute or two."
+	$(BIN)/python -m pip install -qq --no-input --no-compile -c constraints.txt -e ".[trl,demo,dev,docs]"
+	@touch $@
+
+demo: $(STAMP) ## a fine-tuning run on poisoned data, with and without the defence
+	$(BIN)/python -m examples.demo
+
+test: $(STAMP) ## tests and doctests, without the slow ones
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint types imports docs ## all that a change must pass: the four below, then the tests with a sample of the slow ones
+	$(BIN)/python -m pytest -m "slow_sample or not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## pyright
+	$(BIN)/pyright
+
+imports: $(STAMP) ## import-linter: which package may import which
+	$(BIN)/lint-imports --no-logo
+
+docs: $(STAMP) ## the documentation, into docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+bench: $(STAMP) ## what the gate costs per step
+	$(BIN)/python bench/overhead.py
+
+clean: ## remove what builds and tests leave behind
+	rm -rf build dist docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	rm -rf $(VENV)
