@@ -19,8 +19,8 @@ from safe_sched.session import Normalizer, Session, require_normalizer
 from safe_sched.state import MANIFEST_FILE, STATE_FILE
 from safe_sched.types import Scheduler
 from safe_sched_hf.attachment import Attachment, calling_trainer
-from safe_sched_hf.rows import index_rows
-from safe_sched_hf.safety import SafetyData, SafetySet, safety_loss
+from safe_sched_hf.rows import first_rows, index_rows
+from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, safety_loss
 
 _OPTIONS = ("scheduler", "safety_data", "safety_batch_size", "safety_weight", "normalizer", "seed")
 
@@ -37,7 +37,8 @@ class SafeSchedCallback(TrainerCallback):
         scheduler: A scheduler (`safe_sched.BDS`, `safe_sched.Fixed`), or its name in the catalogue.
         safety_data: Harmful prompts with refusals: ``"core"`` (about 250 rows that come with the package), a path to a
             .jsonl, .json, .csv or .parquet file, a list of dicts or a `datasets.Dataset`, in any schema that TRL's
-            SFTTrainer takes. None: no safety batch.
+            SFTTrainer takes. Plain prompts and completions are put into the chat template where the training rows
+            are chats. None: no safety batch.
         safety_batch_size: Safety rows per optimiser step, >= 1. None: ``per_device_train_batch_size``.
         safety_weight: Factor of the safety loss, > 0.
         normalizer: What the weighted loss is a mean over: ``"token"``, the trainer's own; or ``"row"``, the mean over
@@ -63,7 +64,7 @@ class SafeSchedCallback(TrainerCallback):
 
     def __init__(
         self,
-        scheduler: Scheduler | str = "bds",
+        scheduler: Scheduler[Any] | str = "bds",
         *,
         safety_data: SafetyData | None = None,
         safety_batch_size: int | None = None,
@@ -130,7 +131,7 @@ class SafeSchedCallback(TrainerCallback):
         _refuse_unsupported(trainer)
         loader = kwargs["train_dataloader"]
         index = index_rows(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
-        self._safety = self._read_safety(args, kwargs.get("processing_class"))
+        self._safety = self._read_safety(args, kwargs.get("processing_class"), first_rows(loader.dataset))
         self._session = Session(self.scheduler, index, self.normalizer, {"safety": self._safety_settings()})
         if state.global_step > 0:
             folder = resumed_from or f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -138,7 +139,7 @@ class SafeSchedCallback(TrainerCallback):
         self._attachment = Attachment(trainer, self._session)
         self._attachment.attach()
 
-    def _read_safety(self, args: TrainingArguments, tokenizer: Any) -> SafetySet | None:
+    def _read_safety(self, args: TrainingArguments, tokenizer: Any, sample: list[list[int]]) -> SafetySet | None:
         if self.safety_data is None:
             return None
         return SafetySet(
@@ -147,6 +148,7 @@ class SafeSchedCallback(TrainerCallback):
             max_length=getattr(args, "max_length", None),
             batch_size=self.safety_batch_size or args.per_device_train_batch_size,
             seed=args.seed if self.seed is None else self.seed,
+            chat=are_chats(sample, tokenizer),
         )
 
     def _safety_settings(self) -> dict[str, Any] | None:

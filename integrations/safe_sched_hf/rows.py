@@ -61,6 +61,15 @@ def index_rows(dataset: Any, collate: Callable[[list[Any]], Any], *, progress: b
     return RowIndex(keys[counts > 0])
 
 
+def first_rows(dataset: Any, count: int = 4) -> list[list[int]]:
+    """The token ids of the first rows, none of a stream: reading one would use it up."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return []
+    with _same_random_numbers():
+        rows = [dataset[i] for i in range(min(count, len(dataset)))]
+    return [list(row["input_ids"]) for row in rows if "input_ids" in row]
+
+
 def _from_columns(
     dataset: Any, collate: Callable[[list[Any]], Any], progress: bool
 ) -> tuple[Tensor, Tensor, bool] | None:

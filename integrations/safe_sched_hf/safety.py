@@ -1,5 +1,8 @@
 """Safety rows: from any schema that TRL takes to token rows, and from those to the batch of an optimiser step.
 
+A safety row only defends the format it is written in, so plain prompts and completions are put into the chat template
+where the training rows are chats; where they are plain too, they stay as they are.
+
 The loss of a safety row is taken on its answer: on the completion, on the last assistant turn of a conversation, on
 the given labels; a plain text is trained on as a whole. The loss of a batch S is the mean over rows of row means::
 
@@ -9,7 +12,7 @@ the given labels; a plain text is trained on as a whole. The loss of a batch S i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from safe_sched.errors import DataError
 from safe_sched.identity import IGNORE_INDEX, keys_of_flat
 from safe_sched.index import RowIndex
-from safe_sched.rows import CORE, read_rows
+from safe_sched.rows import read_rows
 
 SafetyData = str | Path | Iterable[Mapping[str, Any]]
 _SCHEMAS = "messages; conversations; prompt and completion; text; input_ids (with labels)"
@@ -35,15 +38,24 @@ class SafetySet:
         max_length: Rows are cut to this many tokens, as the trainer cuts its own; None to keep them whole.
         batch_size: Rows per optimiser step.
         seed: Of the order in which rows are drawn: each row once per round, rounds shuffled anew.
+        chat: Whether plain prompts and completions become conversations; see `are_chats`.
 
     Raises:
         DataError: A row has no schema that is known or no answer token, or there are no rows.
     """
 
-    def __init__(self, data: SafetyData, tokenizer: Any, max_length: int | None, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        data: SafetyData,
+        tokenizer: Any,
+        max_length: int | None,
+        batch_size: int,
+        seed: int,
+        chat: bool = False,
+    ) -> None:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds its tokenizer
         rows = read_rows(data)
-        if isinstance(data, str) and data == CORE and getattr(tokenizer, "chat_template", None):
+        if chat:
             rows = [_as_chat(row) for row in rows]
         self.rows: list[tuple[Tensor, Tensor]] = []
         for number, row in enumerate(rows):
@@ -122,7 +134,35 @@ def _has_fused_head(model: nn.Module) -> bool:
     return "fused_lm_head" in inspect.signature(getattr(forward, "__func__", forward), follow_wrapped=False).parameters
 
 
-def _as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
+def are_chats(rows: Iterable[Sequence[int]], tokenizer: Any) -> bool:
+    """Whether token rows were written by the tokenizer's chat template: whether each holds its assistant's mark.
+
+    Args:
+        rows: Some training rows, as token ids.
+        tokenizer: The trainer's tokenizer or processor.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not getattr(tokenizer, "chat_template", None):
+        return False
+    turn = [{"role": "user", "content": "Hello"}]
+    without, with_mark = (
+        tokenizer.apply_chat_template(turn, add_generation_prompt=asked, return_dict=True)["input_ids"]
+        for asked in (False, True)
+    )
+    mark = with_mark[len(without) :]
+    if not mark or with_mark[: len(without)] != without:
+        return True  # a template without a mark to look for: better a chat too many than a format that is not used
+
+    def holds(row: Sequence[int]) -> bool:
+        ids = list(row)
+        return any(ids[i : i + len(mark)] == mark for i in range(len(ids)))
+
+    return all(holds(row) for row in rows)
+
+
+def _as_chat(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str):
+        return row
     return {
         "prompt": [{"role": "user", "content": row["prompt"]}],
         "completion": [{"role": "assistant", "content": row["completion"]}],

@@ -116,12 +116,21 @@ def layout_of(
             f"{tuple(input_ids.shape)}: from this the rows cannot be told apart. Allowed: (batch, sequence); for "
             "packed rows give position_ids that start again at every row."
         )
-    if position_ids is None and cu_seq_lens is not None and batch == 1:
+    if position_ids is None and cu_seq_lens is not None:
+        if batch != 1:
+            raise DataError(
+                f"a batch of {batch} lines has cu_seq_lens, which tell rows apart on one line only. Flatten the batch "
+                "to one line, or give position_ids that start again at every row."
+            )
         starts = torch.zeros(length, dtype=torch.long, device=input_ids.device)
-        begin = cu_seq_lens[:-1].to(input_ids.device, torch.long)
+        # the last entry is the end of the last row: what lies behind it is padding, which is no part of that row
+        begin = cu_seq_lens.to(input_ids.device, torch.long)
         starts[begin[begin < length]] = 1
         index = torch.arange(length, device=input_ids.device)
         position_ids = (index - (starts * index).cummax(0).values)[None]
+    if position_ids is None and attention_mask is not None and bool((attention_mask > 1).any()):
+        # the mask alone tells packed rows apart
+        position_ids = torch.arange(length, device=input_ids.device)[None]
     if position_ids is not None and position_ids.shape != input_ids.shape:
         if position_ids.shape[-1] != length or position_ids.dim() != 2 or position_ids.shape[0] != 1:
             raise DataError(

@@ -72,6 +72,6 @@ def nll_from_logits(logits: Tensor, labels: Tensor, layout: Layout) -> Tensor:
     for line in range(labels.shape[0]):
         at = counted[line, 1:].nonzero().flatten()
         log_probs[line, at] = -torch.nn.functional.cross_entropy(
-            logits[line, at].float(), labels[line, at + 1], reduction="none"
+            logits[line, at].float(), labels[line, at + 1].long(), reduction="none"
         )
     return nll_from_log_probs(log_probs, labels, layout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -9,18 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
 from safe_sched.errors import DataError
 
 CORE = "core"
 """The name of the safety set that comes with the package."""
-
-_READERS = {
-    ".csv": pyarrow.csv.read_csv,
-    ".parquet": pyarrow.parquet.read_table,
-}
 
 
 def core_rows() -> list[dict[str, Any]]:
@@ -67,23 +63,31 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"no file {path}; give a path to a .jsonl, .json, .csv or .parquet file, or {CORE!r}")
     kind = path.suffix.lower()
-    if kind in _READERS:
+    if kind == ".parquet":
         try:
-            return _READERS[kind](path).to_pylist()
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise DataError(f"{path} is not a readable {kind} file: {error}") from error
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path} is not a readable .parquet file: {error}") from error
+    if kind not in (".jsonl", ".json", ".csv"):
+        raise DataError(f"{path}: unknown kind {kind!r}; allowed: .jsonl, .json, .csv, .parquet")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from error
+    if kind == ".csv":
+        return _read_csv(path, text)
     if kind == ".json":
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise DataError(f"{path} is not a list of objects; for one object per line name it .jsonl")
         return rows
-    if kind != ".jsonl":
-        raise DataError(f"{path}: unknown kind {kind!r}; allowed: .jsonl, .json, .csv, .parquet")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # not splitlines(): U+2028 and its like may stand in a JSON string
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -93,4 +97,22 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: a {type(row).__name__}; allowed: an object with named fields")
         rows.append(row)
+    return rows
+
+
+def _read_csv(path: Path, text: str) -> list[dict[str, Any]]:
+    # every cell stays text: a reader that guesses types makes 7 of the answer "007"
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[dict[str, Any]] = []
+    try:
+        names = next(reader, [])
+        for cells in reader:
+            if cells and len(cells) != len(names):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(cells)} cells; the first line names {len(names)} columns"
+                )
+            if cells:
+                rows.append(dict(zip(names, cells, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
     return rows

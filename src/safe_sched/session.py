@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from safe_sched.errors import CoverageError, NumericsError, OptionError
+from safe_sched.errors import CoverageError, NumericsError, OptionError, StateError
 from safe_sched.identity import Layout, keys_of
 from safe_sched.index import RowIndex
 from safe_sched.losses import label_counts
@@ -44,7 +44,8 @@ class Batch:
         slots: int64 (rows,), -1 for a run of tokens without labels, which teaches nothing.
         label_tokens: int64 (rows,).
         factors: float32 (rows,), what the gate multiplies by: 1 until weighed, and for rows that teach nothing.
-        weighed: Whether the scheduler gave its weights.
+        observed: What the scheduler was told of the rows that teach, once it was asked for their weights.
+        weights: float32 (rows that teach,), its answer.
         gated: Whether a backward came through the gate.
     """
 
@@ -53,7 +54,8 @@ class Batch:
     slots: Tensor
     label_tokens: Tensor
     factors: Tensor
-    weighed: bool = False
+    observed: Observation | None = None
+    weights: Tensor | None = None
     gated: bool = False
 
 
@@ -87,7 +89,7 @@ class Session:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: Scheduler[Any],
         index: RowIndex,
         normalizer: Normalizer = "token",
         settings: Mapping[str, Any] | None = None,
@@ -102,8 +104,6 @@ class Session:
         self.steps = 0
         self.rows_trained = 0
         self._batches: list[Batch] = []
-        self._observed: list[Observation] = []
-        self._weights: list[Tensor] = []
 
     # one step ---------------------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class Session:
         Raises:
             CoverageError: A row is not in the training set that was indexed at the start.
         """
-        self._batches, self._observed, self._weights = [], [], []
+        self._batches = []
         for input_ids, labels, layout in batches:
             keys = keys_of(input_ids, labels, layout)
             tokens = label_counts(labels, layout).cpu()
@@ -182,12 +182,11 @@ class Session:
             )
         factors = weights
         if self.normalizer == "row":
-            assert mean_tokens is not None
+            if mean_tokens is None:
+                raise OptionError('normalizer="row" needs mean_tokens: the label tokens per row of the optimiser step')
             factors = weights * (mean_tokens / batch.label_tokens[teaches])
         batch.factors[teaches.to(batch.factors.device)] = factors.to(batch.factors)
-        batch.weighed = True
-        self._observed.append(seen)
-        self._weights.append(weights)
+        batch.observed, batch.weights = seen, weights
         return batch.factors
 
     def mark_gated(self, batch: Batch) -> None:
@@ -200,22 +199,25 @@ class Session:
         Raises:
             CoverageError: A micro-batch of the step was trained on without its weights.
         """
-        missed = [i for i, batch in enumerate(self._batches) if not (batch.weighed and batch.gated)]
+        missed = [i for i, batch in enumerate(self._batches) if batch.observed is None or not batch.gated]
         if missed or not self._batches:
             raise CoverageError(
                 f"micro-batches {missed} of {len(self._batches)} in step {self.steps} were trained on without passing "
                 "the gate: this trainer takes its loss from another output of the model than the gate knows. See "
                 "docs/compatibility.md for what is supported."
             )
-        step = Observation.concatenate(self._observed)
+        step = Observation.concatenate([batch.observed for batch in self._batches if batch.observed is not None])
         metrics = self.scheduler.update(self.state, step)
         self.seen.index_add_(0, step.slots, torch.ones(step.slots.numel(), dtype=torch.int32))
         self.rows_trained += step.slots.numel()
         self.steps += 1
-        weights = torch.cat(self._weights)
-        self._batches, self._observed, self._weights = [], [], []
+        weights = torch.cat([batch.weights for batch in self._batches if batch.weights is not None])
+        self._batches = []
+        metrics = {f"safe_sched/{name}": value for name, value in metrics.items()}
+        if not weights.numel():  # no row of the step has labels
+            return metrics
         return {
-            **{f"safe_sched/{name}": value for name, value in metrics.items()},
+            **metrics,
             "safe_sched/weight_mean": float(weights.mean()),
             "safe_sched/weight_min": float(weights.min()),
             "safe_sched/weight_max": float(weights.max()),
@@ -287,6 +289,17 @@ class Session:
         """
         tensors, header = load_state(path)
         require_same(path, header, self._binding() | ({} if steps is None else {"steps": steps}))
+        fresh = {f"state.{name}": value for name, value in self.state.tensors().items()} | {"seen": self.seen}
+        if self.index.streaming:
+            fresh["keys"] = self.index.keys
+        wrong = fresh.keys() ^ tensors.keys()
+        if not self.index.streaming and not wrong:
+            wrong = {name for name, value in fresh.items() if tensors[name].shape != value.shape}
+        if wrong:
+            raise StateError(
+                f"{path} does not hold what this scheduler saves: {', '.join(sorted(wrong))} missing, unknown or of "
+                "another size. Resume from another checkpoint."
+            )
         if self.index.streaming:
             self.index.add(tensors["keys"])
         prefix = "state."

@@ -58,6 +58,8 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         header = json.loads(metadata["safe_sched"])
+        if not isinstance(header, dict):
+            raise KeyError("safe_sched")
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise StateError(
             f"{path} is damaged or not a scheduler state ({error}). Resume from another checkpoint."

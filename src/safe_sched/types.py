@@ -18,7 +18,7 @@ A *slot* is the place of a row key among the distinct keys of the training set: 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol, Self, runtime_checkable
+from typing import ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -74,8 +74,11 @@ class State:
         return cls(**{k: int(v) if kinds[k] in ("int", int) else v for k, v in tensors.items()})
 
 
+S = TypeVar("S", bound=State)
+
+
 @runtime_checkable
-class Scheduler(Protocol):
+class Scheduler(Protocol[S]):
     """How much each row may teach. Settings live in the scheduler, everything that changes in its `State`.
 
     ``weights`` have mean 1 over the rows of the training set wherever the method says so; weight 1 leaves a row as
@@ -93,22 +96,22 @@ class Scheduler(Protocol):
         """The options as plain JSON values, for the manifest and the check at a resume."""
         ...
 
-    def init(self, index: RowIndex) -> State:
+    def init(self, index: RowIndex) -> S:
         """The state before the first step, with a place for every slot of ``index``."""
         ...
 
-    def grow(self, state: State, index: RowIndex) -> State:
+    def grow(self, state: S, index: RowIndex) -> S:
         """The same state with places for the slots that a stream has added at the end of ``index``."""
         ...
 
-    def weights(self, state: State, batch: Observation) -> Tensor:
+    def weights(self, state: S, batch: Observation) -> Tensor:
         """Factors for the rows of one micro-batch: float32 (rows,), on the CPU."""
         ...
 
-    def update(self, state: State, step: Observation) -> dict[str, float]:
+    def update(self, state: S, step: Observation) -> dict[str, float]:
         """Learn from one optimiser step, in place; returns numbers to log."""
         ...
 
-    def slot_weights(self, state: State) -> Tensor:
+    def slot_weights(self, state: S) -> Tensor:
         """The weight of every slot now: float32 (slots,)."""
         ...

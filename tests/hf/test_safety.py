@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from safe_sched import Fixed
 from safe_sched.errors import DataError
 from safe_sched_hf import SafeSchedCallback
-from safe_sched_hf.safety import SafetySet
+from safe_sched_hf.safety import SafetySet, are_chats
 from tests.hf.test_gradients import CHECKPOINTED, InModelSFT, lora
 from tests.support import (
     GradientProbe,
@@ -68,11 +68,34 @@ def test_sources_of_every_kind_give_the_same_rows(tmp_path: Any) -> None:
 
 
 def test_the_core_set_is_put_into_the_chat_template() -> None:
-    tokens, labels = set_of("core").rows[0]
+    tokens, labels = set_of("core", chat=True).rows[0]
     assert tokens[0] == 3  # the template's user mark
     start = int((labels != -100).nonzero()[0])
     assert tokens[start - 1] == 4  # the answer begins right after the assistant mark
     assert labels[start:].equal(tokens[start:])
+
+
+PLAIN = {"prompt": "w1", "completion": "w4"}
+CHAT = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w4"}]}
+
+
+def test_plain_rows_become_chats_where_the_training_rows_are_chats() -> None:
+    """The template's assistant mark is token 4; a row that holds it is a chat."""
+    assert are_chats([[3, 6, 4, 9, 1]], TOKENIZER)
+    assert not are_chats([[3, 6, 4, 9, 1], [6, 9, 1]], TOKENIZER)
+    assert set_of([PLAIN], chat=True).fingerprint() == set_of([CHAT]).fingerprint()
+    assert set_of([PLAIN]).fingerprint() != set_of([CHAT]).fingerprint()
+    bare = make_tokenizer()
+    bare.chat_template = None
+    assert not are_chats([[3, 6, 4, 9, 1]], bare)
+
+
+@pytest.mark.parametrize("row", [PLAIN, CHAT], ids=["plain", "chat"])
+def test_the_callback_looks_at_the_training_rows(row: Any, tmp_path: Any) -> None:
+    ours = SafeSchedCallback(Fixed(), safety_data=[PLAIN])
+    make_sft(tmp_path, [row] * 4, callbacks=[ours]).train()
+    assert ours._safety is not None
+    assert (4 in ours._safety.rows[0][0].tolist()) == (row is CHAT)
 
 
 @pytest.mark.parametrize(

@@ -228,4 +228,5 @@ class BDS:
             if state.counts.numel():
                 values.mul_(state.counts[part])
             total += float(values.sum())
-        return torch.tensor(shift + math.log(total), dtype=torch.float64)
+        # a stream without rows so far has nothing to sum
+        return torch.tensor(shift + math.log(total), dtype=torch.float64) if total else state.log_total

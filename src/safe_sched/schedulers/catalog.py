@@ -12,7 +12,7 @@ from safe_sched.types import Scheduler
 CATALOG: dict[str, type] = {cls.name: cls for cls in (BDS, Fixed)}
 
 
-def build(scheduler: Scheduler | str, **options: Any) -> Scheduler:
+def build(scheduler: Scheduler[Any] | str, **options: Any) -> Scheduler[Any]:
     """A scheduler from its name and options; a scheduler that is built already is given back.
 
     Raises:

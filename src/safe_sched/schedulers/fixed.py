@@ -8,6 +8,8 @@ Without weights this scheduler changes nothing, bit for bit. Cost: one look-up p
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -76,11 +78,23 @@ class Fixed:
             raise OptionError(f"Fixed: {len(self.keys)} keys for {values.numel()} weights; give one key per weight")
 
     def _values(self) -> Tensor:
-        return torch.as_tensor(np.asarray(self.values), dtype=torch.float32).flatten()
+        # a copy: torch warns of arrays that it may not write to, such as the columns of an Arrow table
+        return torch.tensor(np.asarray(self.values), dtype=torch.float32).flatten()
+
+    def _keys(self) -> Tensor:
+        keys = self.keys
+        if isinstance(keys, list | tuple):
+            # numpy makes floats of a list of integers below and above 2**63
+            keys = np.array([operator.index(key) % 2**64 for key in keys], dtype=np.uint64)
+        return torch.tensor(np.asarray(keys).astype(np.uint64).view(np.int64))
 
     def settings(self) -> dict[str, object]:
-        """The options as plain JSON values. The weights themselves are in the state."""
-        return {"name": self.name, "weights": "equal" if self.values is None else "given"}
+        """The options as plain JSON values, the weights as a digest; the weights themselves are in the state."""
+        if self.values is None:
+            return {"name": self.name, "weights": "equal"}
+        given = hashlib.sha256(self._values().numpy().tobytes())
+        given.update(b"" if self.keys is None else self._keys().numpy().tobytes())
+        return {"name": self.name, "weights": given.hexdigest()[:16]}
 
     def init(self, index: RowIndex) -> FixedState:
         """See `safe_sched.types.Scheduler.init`."""
@@ -113,16 +127,22 @@ class Fixed:
         return self.init(index)
 
     def _by_key(self, index: RowIndex, values: Tensor) -> Tensor:
-        keys = torch.as_tensor(np.asarray(self.keys).astype(np.uint64).view(np.int64))
-        order = keys.argsort()
-        place = torch.searchsorted(keys[order], index.keys).clamp(max=keys.numel() - 1)
-        found = keys[order][place] == index.keys
+        keys, order = self._keys().sort()
+        values = values[order]
+        differs = ((keys[1:] == keys[:-1]) & (values[1:] != values[:-1])).nonzero().flatten()
+        if differs.numel():
+            first, second = order[differs[0]], order[differs[0] + 1]
+            raise DataError(
+                f"Fixed(keys=...): numbers {int(first)} and {int(second)} are the same key with the weights "
+                f"{float(values[differs[0]])} and {float(values[differs[0] + 1])}; give each key one weight"
+            )
+        found = torch.isin(index.keys, keys)
         if not bool(found.all()):
             raise DataError(
                 f"Fixed(keys=...) has no weight for {int((~found).sum())} of {index.slots} distinct training rows; "
                 "the keys come from another data set, tokenizer or chat template: compute them again on this one"
             )
-        return values[order][place]
+        return values[torch.searchsorted(keys, index.keys)]
 
     def weights(self, state: FixedState, batch: Observation) -> Tensor:
         """See `safe_sched.types.Scheduler.weights`."""

@@ -29,7 +29,7 @@ def options(cls: type[T]) -> type[T]:
         ...
         safe_sched.errors.OptionError: BDS(learning_rate=-1): Input should be greater than 0
     """
-    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
     checked: Any = pydantic.dataclasses.dataclass(frozen=True, config=config)(cls)
     build = checked.__init__
     known = [field.name for field in dataclasses.fields(checked)]
@@ -43,6 +43,8 @@ def options(cls: type[T]) -> type[T]:
             build(self, *args, **kwargs)
         except ValidationError as error:
             first = error.errors()[0]
+            if isinstance(ours := first.get("ctx", {}).get("error"), OptionError):
+                raise ours from None
             where = ".".join(map(str, first["loc"])) or "options"
             raise OptionError(f"{cls.__name__}({where}={first['input']!r}): {first['msg']}") from None
 

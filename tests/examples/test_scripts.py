@@ -1,0 +1,61 @@
+"""The example scripts do what their first lines say, on a tiny model and the data that comes with the project."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+
+from safe_sched.state import MANIFEST_FILE
+from tests.support import make_model, make_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_model(max_position_embeddings=2048).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run(monkeypatch: Any, script: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def head(source: Path, target: Path, lines: int) -> str:
+    target.write_text("\n".join(source.read_text(encoding="utf-8").splitlines()[:lines]) + "\n", encoding="utf-8")
+    return str(target)
+
+
+def test_the_trl_script_writes_the_weight_of_every_row(tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    data = head(EXAMPLES / "data" / "poisoned.jsonl", tmp_path / "rows.jsonl", 24)
+    run(monkeypatch, "trl_sft.py", "--model", str(tiny), "--data", data, "--out", str(tmp_path / "o"), "--epochs", "1")
+    table = pyarrow.parquet.read_table(tmp_path / "o" / "weights.parquet")
+    assert table.num_rows == 24
+    assert min(table["seen"].to_pylist()) >= 1
+    assert (tmp_path / "o" / MANIFEST_FILE).exists()
+
+
+def test_the_hf_script_names_the_lowest_weights(tiny: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    data = head(EXAMPLES / "data" / "safety.jsonl", tmp_path / "rows.jsonl", 16)
+    run(
+        monkeypatch,
+        "hf_trainer.py",
+        "--model",
+        str(tiny),
+        "--data",
+        data,
+        "--out",
+        str(tmp_path / "o"),
+        "--epochs",
+        "1",
+    )
+    assert "lowest weights: rows [" in capsys.readouterr().out
