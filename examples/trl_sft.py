@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import pyarrow.parquet
+import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -39,6 +40,7 @@ def main() -> None:
             num_train_epochs=args.epochs,
             learning_rate=args.lr,
             assistant_only_loss=True,
+            bf16=torch.cuda.is_available(),
             save_strategy="no",
             report_to=[],
         ),

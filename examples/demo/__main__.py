@@ -196,8 +196,8 @@ def _print_table(console: Console, results: dict[str, dict[str, float]]) -> None
     if auroc < 0.9:
         console.print(
             f"\n[yellow]The released rule does not separate harmful rows here (AUROC {auroc:.2f}).[/] Its signal is "
-            "the loss itself, and rows that are hard to learn are not the harmful ones; it also moves slowly. What this arm "
-            "achieves comes from the safety rows trained beside the file."
+            "the loss itself, and rows that are hard to learn are not the harmful ones; it also moves slowly. What "
+            "this arm achieves comes from the safety rows trained beside the file."
         )
 
 
