@@ -111,7 +111,8 @@ def make_sft(
     peft = changes.pop("peft_config", None)
     evaluated = Dataset.from_list(changes.pop("eval_rows")) if "eval_rows" in changes else None
     tokenizer = changes.pop("processing_class", None) or make_tokenizer()
-    settings = COMMON | {"bf16": False, "max_length": 64, "output_dir": str(folder)} | changes
+    # "nll" is named because TRL before its fused head has another default, which the gate refuses
+    settings = COMMON | {"bf16": False, "max_length": 64, "loss_type": "nll", "output_dir": str(folder)} | changes
     return SFTTrainer(
         model=make_model() if model is None else model,
         args=SFTConfig(**settings),

@@ -244,18 +244,23 @@ class Attachment:
         scale_gradient(gated, factors)
 
 
+_UNFUSE = (
+    "Switch the fused loss off: loss_type='nll' in SFTConfig, use_liger_kernel=False, or "
+    "fused_linear_cross_entropy=False in liger_kernel_config"
+)
+
+
 def _refuse_fused(scheduler: str, needs_nll: bool, head: nn.Module | None) -> None:
     if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
         raise ModelError(
-            "the model's loss is fused with its output embedding (Liger, cut cross-entropy), and that embedding is "
-            "being trained: the weights could not reach its gradient. Switch the fused loss off "
-            "(use_liger_kernel=False, or fused_linear_cross_entropy=False in liger_kernel_config), or freeze the "
-            "embedding, as LoRA does."
+            "the model's loss is fused with its output embedding (TRL's chunked loss, Liger, cut cross-entropy), and "
+            "that embedding is being trained: the weights could not reach its gradient. "
+            f"{_UNFUSE}; or freeze the embedding, as LoRA does."
         )
     if needs_nll:
         raise ModelError(
-            f"the model's loss is fused with its output embedding (Liger, cut cross-entropy), so the loss of a single "
-            f"row is never computed, and {scheduler!r} needs it. Switch the fused loss off (use_liger_kernel=False)."
+            "the model's loss is fused with its output embedding (TRL's chunked loss, Liger, cut cross-entropy), so "
+            f"the loss of a single row is never computed, and {scheduler!r} needs it. {_UNFUSE}."
         )
 
 
