@@ -18,6 +18,9 @@ that exists, all of which the row's loss flows through:
 3. ``output.logits`` of a model that has no output embedding;
 4. the last hidden state, for a loss that is fused with the head and never shows logits. Exact for everything before
    the head; a trainable head is refused.
+
+Where the head is frozen, as LoRA leaves it, the gate of 2. and 3. moves to the last hidden state as well: the same
+gradients for all that is trained, and no second tensor of the size of the logits.
 """
 
 from __future__ import annotations
@@ -216,8 +219,11 @@ class Attachment:
                 nll = nll_from_log_probs(log_probs, labels, layout)
         elif logits is not None:
             gated, length = logits, labels.shape[1]
-            if needs_nll and logits.shape[:2] == labels.shape:
-                nll = nll_from_logits(logits, labels.to(logits.device), layout)
+            if logits.shape[:2] == labels.shape:
+                if needs_nll:
+                    nll = nll_from_logits(logits, labels.to(logits.device), layout)
+                if "hidden" in seen and head is not None and not _is_trained(head):
+                    gated = seen["hidden"]
         elif "hidden" in seen and get("loss") is not None:
             gated, length = seen["hidden"], labels.shape[1]
             _refuse_fused(session.scheduler.name, needs_nll, head)
@@ -251,7 +257,7 @@ _UNFUSE = (
 
 
 def _refuse_fused(scheduler: str, needs_nll: bool, head: nn.Module | None) -> None:
-    if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
+    if head is not None and _is_trained(head):
         raise ModelError(
             "the model's loss is fused with its output embedding (TRL's chunked loss, Liger, cut cross-entropy), and "
             "that embedding is being trained: the weights could not reach its gradient. "
@@ -262,6 +268,10 @@ def _refuse_fused(scheduler: str, needs_nll: bool, head: nn.Module | None) -> No
             "the model's loss is fused with its output embedding (TRL's chunked loss, Liger, cut cross-entropy), so "
             f"the loss of a single row is never computed, and {scheduler!r} needs it. {_UNFUSE}."
         )
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
