@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from safe_sched.errors import CoverageError, NumericsError, OptionError
@@ -16,7 +18,7 @@ from safe_sched.index import RowIndex
 from safe_sched.losses import nll_from_logits
 from safe_sched.schedulers import BDS, Fixed
 from safe_sched.session import Session
-from tests.core.batches import Micro, Row, pack, pad, row
+from tests.core.batches import Micro, Row, laws, pack, pad, row
 
 SHORT, LONG, OTHER = row(5, 6, 7), row(8, 9, 3, 4, 2), row(1, 2, 3)
 SILENT = row(6, 6, 6, prompt=3)
@@ -32,10 +34,10 @@ def session_of(rows: list[Row] = ROWS, scheduler: Any = None, **options: Any) ->
     return Session(Fixed([0.5, 2.0, 1.0]) if scheduler is None else scheduler, index_of(rows), **options)
 
 
-def step(session: Session, *micros: Micro, **given: Any) -> dict[str, float]:
+def step(session: Session, *micros: Micro, **how: Any) -> dict[str, float]:
     """One optimiser step as an integration runs it."""
     for batch, micro in zip(session.begin_step(micros), micros, strict=True):
-        session.weigh(batch, torch.ones(micro.layout.rows), **given)
+        session.weigh(batch, torch.ones(micro.layout.rows), **how)
         session.mark_gated(batch)
     return session.end_step()
 
@@ -90,6 +92,39 @@ def test_the_row_normalizer_in_closed_form(lengths, mean_tokens):
     token = session_of(rows)
     (batch,) = token.begin_step([pad(rows)])
     assert token.weigh(batch, None, mean_tokens).tolist() == [0.5, 2.0, 1.0]
+
+
+@laws
+@given(
+    lengths=st.lists(st.integers(2, 9), min_size=1, max_size=8),
+    cut=st.integers(0, 8),
+    seed=st.integers(0, 2**31),
+    normalizer=st.sampled_from(["token", "row"]),
+)
+def test_the_normalizers_weigh_any_losses_in_any_micro_batches(lengths, cut, seed, normalizer):
+    """Trainer: sum of factor * loss over all tokens, divided by the step's T label tokens. For losses l_it at random:
+
+    token: (1/T) sum_i w_i sum_t l_it        row: (1/R) sum_i w_i mean_t l_it
+
+    whatever the lengths, and however the R rows are split into two micro-batches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = [Row((100 + i, *range(1, n)), (False,) + (True,) * (n - 1)) for i, n in enumerate(lengths)]
+    weights = (2 * torch.rand(len(rows), generator=generator)).tolist()
+    losses = [torch.rand(n - 1, generator=generator, dtype=torch.float64) for n in lengths]
+    session = session_of(rows, Fixed(weights), normalizer=normalizer)
+    parts = [part for part in (rows[:cut], rows[cut:]) if part]
+    tokens, found = sum(n - 1 for n in lengths), 0.0
+    factors = [
+        session.weigh(batch, None, tokens / len(rows)) for batch in session.begin_step([pad(part) for part in parts])
+    ]
+    for factor, loss in zip(torch.cat(factors).tolist(), losses, strict=True):
+        found += factor * float(loss.sum()) / tokens
+    if normalizer == "token":
+        expected = sum(w * float(loss.sum()) for w, loss in zip(weights, losses, strict=True)) / tokens
+    else:
+        expected = sum(w * float(loss.mean()) for w, loss in zip(weights, losses, strict=True)) / len(rows)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def explicit_loss(logits: Tensor, micro: Micro, weights: list[float], normalizer: str) -> Tensor:

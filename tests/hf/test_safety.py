@@ -82,7 +82,8 @@ CHAT = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "c
 def test_plain_rows_become_chats_where_the_training_rows_are_chats() -> None:
     """The template's assistant mark is token 4; a row that holds it is a chat."""
     assert are_chats([[3, 6, 4, 9, 1]], TOKENIZER)
-    assert not are_chats([[3, 6, 4, 9, 1], [6, 9, 1]], TOKENIZER)
+    assert are_chats([[3, 6, 4, 9, 1], [3, 6]], TOKENIZER)
+    assert not are_chats([[3, 6, 4, 9, 1], [6, 9, 1], [7, 1]], TOKENIZER)
     assert set_of([PLAIN], chat=True).fingerprint() == set_of([CHAT]).fingerprint()
     assert set_of([PLAIN]).fingerprint() != set_of([CHAT]).fingerprint()
     bare = make_tokenizer()

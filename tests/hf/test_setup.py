@@ -50,7 +50,7 @@ def both_ways(dataset: Any, collate: Any) -> tuple[RowIndex, RowIndex]:
 )
 def test_columns_and_collator_give_the_same_keys(options: Any, tmp_path: Any, monkeypatch: Any) -> None:
     trainer = make_sft(tmp_path, ROWS, **options)
-    monkeypatch.setattr(rows_module, "_CHUNK", 5)
+    monkeypatch.setattr(rows_module, "_CHUNK", 50)
     fast, slow = both_ways(trainer.train_dataset, trainer.data_collator)
     assert fast.row_slots is not None
     assert fast.keys.equal(slow.keys)

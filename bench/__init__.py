@@ -1,0 +1,1 @@
+"""What safe-sched costs, measured."""

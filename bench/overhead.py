@@ -1,0 +1,223 @@
+"""What safe-sched costs: training time, peak memory, the scheduler's update, the start of training."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from safe_sched import BDS
+from safe_sched.index import RowIndex
+from safe_sched.types import Observation
+from safe_sched_hf.rows import index_rows
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run as a script: python bench/overhead.py
+from bench import turns
+from bench.turns import ARMS, THREADS
+
+MEMORY_TARGET = 1.02
+UPDATE_TARGET, STATE_TARGET, TARGET_ROWS = 2.0, 12.0, 10**6  # ms a step, bytes a row, for a set of this size
+INDEX_TARGET, INDEX_BYTES_TARGET = 10.0, 24.0  # µs and bytes a row
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    training: turns.Sizes = field(default_factory=turns.Sizes)
+    update_rows: Sequence[int] = (10**3, 10**4, 10**5, 10**6, 10**7)
+    update_seconds: float = 4.0
+    index_shapes: Sequence[tuple[int, int]] = ((10**4, 256), (10**5, 256), (10**6, 32))
+    index_calls: int = 5
+
+
+QUICK = Sizes(turns.QUICK, (10**3,), 0.05, ((200, 16),), 2)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table of the report."""
+
+    title: str
+    note: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+
+def spread(values: Sequence[float], digits: int) -> tuple[str, str]:
+    """Median, and the quartiles around it."""
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return f"{middle:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+def verdict(value: float | str, target: float | None) -> str:
+    """The target, and whether the number as printed meets it."""
+    return "" if target is None else f"≤ {target:.4g} {'✓' if float(value) <= target else '✗'}"
+
+
+def training(sizes: turns.Sizes, console: Console) -> list[Section]:
+    """Time and memory of every arm, beside the plain trainer's."""
+    parameters = sum(p.numel() for p in turns.build_model(sizes).parameters())
+    rounds, peaks = turns.train_in_turns(sizes, console)
+    times, memory = [], []
+    for number, peak in peaks.items():
+        arm, mine = ARMS[number], [took for took in rounds if number in took]
+        seconds, _ = spread([took[number][0] for took in mine], 2)
+        wall, processor = ([took[number][i] / took[0][i] for took in mine] for i in (0, 1))
+        ratio = spread(wall, 3)
+        target = verdict(ratio[0], arm.target)
+        times.append([arm.name, str(len(mine)), seconds, *ratio, target, *spread(processor, 3)])
+        growth = f"{peak / peaks[0]:.3f}"
+        target = verdict(growth, MEMORY_TARGET if arm.callback else None)
+        memory.append([arm.name, f"{peak:.0f}", f"{peak - peaks[0]:+.0f}", growth, target])
+    about = (
+        f"A Llama of {parameters / 1e6:.1f} M parameters (vocabulary {sizes.vocabulary:,}, tied) in float32; "
+        f"{sizes.batch} rows of {sizes.sequence} tokens a step, all of them labels; TRL's SFTTrainer with its "
+        "defaults (gradient checkpointing among them) and a log record every step. Ratios are to the plain step "
+        "of the same round: median and quartiles, of wall-clock time and of the process's processor time, which "
+        "other load on the machine distorts less. With r safety rows a row, a step has 1 + r times the tokens "
+        "and the target is 1.03 (1 + r)."
+    )
+    header = ("arm", "steps", "s/step", "ratio", "quartiles", "target", "processor", "quartiles")
+    note = (
+        "Highest resident size of the arm's process (ru_maxrss) over the same steps. With safety rows their gradients "
+        "are already there in the user's forward, as they are in plain training with gradient accumulation: one "
+        f"number a trained parameter, here {4 * parameters / 2**20:.0f} MiB."
+    )
+    return [
+        Section("Training time", about, header, times),
+        Section("Peak memory", note, ("arm", "MiB", "added", "ratio", "target"), memory),
+    ]
+
+
+# parts --------------------------------------------------------------------------------------------------------
+
+
+def update(sizes: Sizes) -> Section:
+    """``weights`` and ``update`` of BDS, without a model."""
+    batch, length = sizes.training.batch, sizes.training.sequence
+    scheduler, generator, lines = BDS(), torch.Generator().manual_seed(0), []
+    for rows in sizes.update_rows:
+        state = scheduler.init(RowIndex(torch.arange(rows)))
+        times: list[float] = []
+        while len(times) < 10 or sum(times) < 1e3 * sizes.update_seconds:
+            slots = torch.randint(rows, (batch,), generator=generator)
+            step = Observation(slots, 1 + torch.rand(batch), torch.full((batch,), length), len(times))
+            began = time.perf_counter()
+            scheduler.weights(state, step)
+            scheduler.update(state, step)
+            times.append(1e3 * (time.perf_counter() - began))
+        speed, quartiles = spread(times[5:], 3)  # the first are a warm-up
+        size = f"{sum(tensor.nbytes for tensor in state.tensors().values()) / rows:.2f}"
+        targets = (UPDATE_TARGET, STATE_TARGET) if rows == TARGET_ROWS else (None, None)
+        timing = [speed, quartiles, verdict(speed, targets[0])]
+        lines.append([f"{rows:,}", str(len(times) - 5), *timing, size, verdict(size, targets[1])])
+    note = (
+        f"`BDS.weights` and `BDS.update` alone, for a step of {batch} rows: median and quartiles. Bytes are those "
+        "of the state."
+    )
+    header = ("rows in the set", "steps", "ms/step", "quartiles", "target", "bytes/row", "target")
+    return Section("The scheduler's update", note, header, lines)
+
+
+def start(sizes: Sizes) -> Section:
+    """Hashing a training set once."""
+    collate, lines = DataCollatorForLanguageModeling(pad_token_id=0), []
+    for rows, length in sizes.index_shapes:
+        dataset, times, size = turns.token_table(rows, length, sizes.training.vocabulary), [], ""
+        for _ in range(sizes.index_calls):
+            began = time.perf_counter()
+            index = index_rows(dataset, collate)
+            times.append(1e6 * (time.perf_counter() - began) / rows)
+            assert index.row_slots is not None
+            size = f"{(index.keys.nbytes + index.row_slots.nbytes) / rows:.2f}"
+        speed, quartiles = spread(times, 2)
+        timing = [speed, quartiles, verdict(speed, INDEX_TARGET)]
+        lines.append([f"{rows:,}", str(length), *timing, size, verdict(size, INDEX_BYTES_TARGET)])
+    note = (
+        "`index_rows` on a table of token rows in memory, `input_ids` and `labels` of int64: median and quartiles "
+        f"of {sizes.index_calls} calls. Bytes are those of the index."
+    )
+    header = ("rows", "tokens each", "µs/row", "quartiles", "target", "bytes/row", "target")
+    return Section("The start of training", note, header, lines)
+
+
+# report -------------------------------------------------------------------------------------------------------
+
+
+def machine() -> str:
+    """Processor, cores and versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    packages = ("safe-sched", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return (
+        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, torch on {THREADS} threads; "
+        f"{platform.system()}, Python {platform.python_version()}, {versions}."
+    )
+
+
+def markdown(sections: Sequence[Section], command: str, setting: str) -> str:
+    """The report as a page."""
+    parts = [
+        "# What it costs",
+        f"Measured on the CPU, everything in one run of\n\n```text\n{command}\n```\n\n{setting}",
+        "In training every arm has a process of its own, and the processes take turns, one optimiser step each, so "
+        "whatever else the machine does hits all of them alike. `plain, again` is the plain trainer a second time: the "
+        "distance of its ratio from 1 is what this run cannot tell apart. All arms run with "
+        + " and ".join(f"`{name}={value}`" for name, value in turns.QUIETER.items())
+        + ", which makes a step shorter and its time steadier.",
+    ]
+    for section in sections:
+        rows = [section.header, ["---"] * len(section.header), *section.lines]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        parts += [f"## {section.title}", section.note, table]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Measure what safe-sched costs.")
+    parser.add_argument("--quick", action="store_true", help="go through the code; the numbers mean nothing")
+    parser.add_argument("--out", type=Path, help="write the report as a Markdown page")
+    options = parser.parse_args(arguments)
+    sizes = QUICK if options.quick else Sizes()
+    command = shlex.join(["python", "bench/overhead.py", *(sys.argv[1:] if arguments is None else arguments)])
+
+    torch.set_num_threads(THREADS)
+    console, load = Console(), os.getloadavg()[0]
+    sections = training(sizes.training, console)
+    for measure in (update, start):
+        with console.status(measure.__name__):
+            sections.append(measure(sizes))
+    setting = f"{machine()} Load average before the run: {load:.1f}."
+    if options.quick:
+        setting += " A quick run: the numbers mean nothing."
+    for section in sections:
+        table = Table(title=section.title, caption=section.note.replace("`", ""), box=SIMPLE_HEAD)
+        for number, name in enumerate(section.header):
+            table.add_column(name, justify="right" if number and name != "target" else "left")
+        for line in section.lines:
+            table.add_row(*line)
+        console.print(table)
+    console.print(setting, soft_wrap=True)
+    if options.out:
+        options.out.write_text(markdown(sections, command, setting), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

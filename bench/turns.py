@@ -1,0 +1,194 @@
+"""Training in turns: every arm in a process of its own, one optimiser step each, round after round.
+
+A process has one real SFTTrainer, does one optimiser step when told to, and waits: the arms alternate step by
+step, and a change of the machine's load hits all of them. The order rotates from round to round.
+
+The clock is the first callback of the trainer: from its ``on_step_begin`` to the next one lie our
+``on_step_begin`` (safety batch), forward and backward, the optimiser, our ``on_step_end``, the log record, and
+our share of the next ``get_batch_samples``. The wait for the next turn is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import transformers
+from datasets import Dataset, disable_progress_bars
+from rich.console import Console
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from safe_sched_hf import SafeSchedCallback
+
+THREADS = min(2, os.cpu_count() or 1)
+
+# for every arm alike, against noise: a thread that waits sleeps, so that it neither counts as work nor takes a core
+# from others; and memory comes in huge pages, where it came in a million small ones at every step
+QUIETER = {"OMP_WAIT_POLICY": "passive", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is trained, and for how long."""
+
+    hidden: int = 384
+    layers: int = 6
+    vocabulary: int = 32_000
+    sequence: int = 256
+    batch: int = 8
+    arms: Sequence[int] = (0, 1, 2, 3, 4, 5)
+    rounds: int = 24
+    warm_up: int = 2
+
+
+QUICK = Sizes(hidden=32, layers=1, vocabulary=64, sequence=16, batch=4, arms=(0, 2, 5), rounds=2, warm_up=1)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: with which callback, at most how slow, and in every how many-th round."""
+
+    name: str
+    callback: Callable[[Sizes], SafeSchedCallback] | None = None
+    target: float | None = None
+    every: int = 1
+
+
+def bds_with_safety(sizes: Sizes, share: float) -> SafeSchedCallback:
+    """BDS with ``share`` safety rows per user row, as long as these and with a label on every token."""
+    rows = token_table(64, sizes.sequence, sizes.vocabulary, seed=1).to_list()
+    return SafeSchedCallback("bds", safety_data=rows, safety_batch_size=round(share * sizes.batch))
+
+
+ARMS = (
+    Arm("plain"),
+    Arm("plain, again"),
+    Arm("equal weights", lambda _: SafeSchedCallback("fixed"), 1.02),
+    Arm("BDS", lambda _: SafeSchedCallback("bds"), 1.03),
+    Arm("BDS, 0.25 safety rows a row", lambda sizes: bds_with_safety(sizes, 0.25), 1.25 * 1.03, every=2),
+    Arm("BDS, 1 safety row a row", lambda sizes: bds_with_safety(sizes, 1), 2 * 1.03, every=2),
+)
+
+
+def token_table(rows: int, length: int, vocabulary: int, seed: int = 0) -> Dataset:
+    """Random token rows of one length, every token a label; int64, as lists of Python integers give."""
+    tokens = np.random.default_rng(seed).integers(3, vocabulary, rows * length)
+    column = pa.ListArray.from_arrays(np.arange(0, rows * length + 1, length, dtype=np.int32), tokens)
+    return Dataset(pa.table({"input_ids": column, "labels": column}))
+
+
+class Stop(Exception):
+    """Ends an arm between two steps."""
+
+
+def clocks() -> tuple[float, float]:
+    """Wall clock, and processor time of this process."""
+    return time.perf_counter(), time.process_time()
+
+
+class Turns(TrainerCallback):
+    """Reports both times of every step, and waits for its turn to do the next."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+        self.began = clocks()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pipe.send([now - began for now, began in zip(clocks(), self.began, strict=True)])
+        if not self.pipe.recv():
+            raise Stop
+        self.began = clocks()
+
+
+def build_model(sizes: Sizes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    heads = max(sizes.hidden // 64, 1)
+    config = LlamaConfig(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=8 * sizes.hidden // 3,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(heads // 3, 1),
+        max_position_embeddings=sizes.sequence,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train_arm(pipe: Connection, number: int, sizes: Sizes) -> None:
+    """Train one arm, one step per turn; the whole life of a process. Sends its peak MiB at the end."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    disable_progress_bars()
+    torch.set_num_threads(THREADS)
+    callback = ARMS[number].callback
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    steps = sizes.warm_up + sizes.rounds + 2
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        config = SFTConfig(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            max_length=sizes.sequence,
+            per_device_train_batch_size=sizes.batch,
+            max_steps=steps,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = SFTTrainer(
+            model=build_model(sizes),
+            args=config,
+            train_dataset=token_table(steps * sizes.batch, sizes.sequence, sizes.vocabulary),
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>"),
+            callbacks=[Turns(pipe), *([callback(sizes)] if callback else [])],
+        )
+        with contextlib.suppress(Stop):
+            trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pipe.send(peak / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def train_in_turns(sizes: Sizes, console: Console) -> tuple[list[dict[int, list[float]]], dict[int, float]]:
+    """Both times of a step of the arms in every round, and peak MiB of every arm."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[int, Connection] = {}
+    os.environ |= QUIETER
+    for number in sizes.arms:
+        pipes[number], theirs = context.Pipe()
+        context.Process(target=train_arm, args=(theirs, number, sizes), daemon=True).start()
+        theirs.close()  # a process that dies is then an EOFError here
+    for pipe in pipes.values():
+        pipe.recv()  # set up, and at the first step
+
+    def step(number: int) -> list[float]:
+        pipes[number].send(True)
+        return pipes[number].recv()
+
+    rounds = []
+    with console.status("training") as status:
+        for turn in range(-sizes.warm_up, sizes.rounds):
+            status.update(f"training: round {turn + 1} of {sizes.rounds}")
+            due = [number for number in pipes if turn < 0 or turn % ARMS[number].every == 0]
+            shift = turn % len(due)
+            rounds.append({number: step(number) for number in due[shift:] + due[:shift]})
+    for pipe in pipes.values():
+        pipe.send(False)
+    return rounds[sizes.warm_up :], {number: pipe.recv() for number, pipe in pipes.items()}
