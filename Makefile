@@ -12,6 +12,8 @@ PYTEST_ARGS ?=
 # Nothing here needs the network or a GPU once the environment is built.
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# threads that wait go to sleep: spinning ones bring a busy machine of few cores nearly to a halt
+export OMP_WAIT_POLICY ?= passive
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # pip is told not to byte-compile (that halves the installation); Python does so at the first import, if it may.

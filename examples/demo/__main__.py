@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
 
     console.print("[bold]1.[/] the base model: answers a few task families, refuses harmful requests")
-    base = model.build()
     with study.quiet():
+        base = model.build()
         results = {"base model": measure.evaluate(*model.load(base)).as_dict()}
 
     rows = tasks.load("poisoned")[: options.rows]
@@ -187,8 +187,8 @@ def _print_table(console: Console, results: dict[str, dict[str, float]]) -> None
     console.print(
         "HS       harmful prompts answered with compliance: lower is better\n"
         "refusal  harmless look-alikes refused: lower is better\n"
-        "task     held-out prompts of the new task answered exactly: higher is better\n"
-        "AUROC    of the weights: 1.00 separates harmful rows from benign ones, 0.50 tells nothing\n"
+        "task     held-out prompts of the new task answered right: higher is better\n"
+        "AUROC    of the weights: 1.00 tells harmful from benign rows, 0.50 tells nothing\n"
         "ESS/N    share of the rows that the weights leave in effect\n"
         "sec      seconds of training"
     )

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -180,7 +181,13 @@ def train(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     model.train()
-    bar = tqdm(range(settings.steps), desc="building the base model (once)", disable=not progress, leave=False)
+    bar = tqdm(
+        range(settings.steps),
+        desc="building the base model (once)",
+        disable=not progress,
+        leave=False,
+        mininterval=0.5 if sys.stderr.isatty() else 10,  # a log is not a screen
+    )
     for step, chosen in zip(bar, _batches(rows, tokenizer, settings), strict=False):
         chosen.sort(key=lambda item: len(item[0]))
         tokens = sum(len(ids) - start for ids, start in chosen)
