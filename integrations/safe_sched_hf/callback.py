@@ -29,9 +29,10 @@ class SafeSchedCallback(TrainerCallback):
     """Weighs every row that a trainer trains on, and trains on safety rows beside them.
 
     Add it to the callbacks of a `transformers.Trainer` or a `trl.SFTTrainer`; nothing else of the script changes. The
-    loss of an optimiser step becomes (BDS, arXiv 2510.27172, Eq. 11)::
+    loss of an optimiser step becomes, as in BDS (arXiv 2510.27172)::
 
-        safety_weight * mean over safety rows of nll  +  trainer's own loss with row i weighted by w_i
+        safety_weight * mean over safety rows of nll
+            +  the trainer's own loss, row i weighted by w_i
 
     Args:
         scheduler: A scheduler (`safe_sched.BDS`, `safe_sched.Fixed`), or its name in the catalogue.

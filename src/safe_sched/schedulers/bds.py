@@ -1,6 +1,6 @@
 """BDS: Bayesian Data Scheduler, one logit per row (arXiv 2510.27172), as released.
 
-Joint posterior of model and row logits z (Eq. 6 there), with weights that rise and fall with the logits::
+Joint posterior of model and row logits z, with weights that rise and fall with the logits::
 
     p(theta, z | D_ft, D_safe)  ~  p(D_safe | theta) * prod_i exp(-w_i(z) * nll_i(theta)) * p(theta) p(z)
 
