@@ -215,7 +215,10 @@ class Attachment:
         log_probs, logits, nll = get("log_probs"), seen.get("logits", get("logits")), None
         if log_probs is not None and get("label_mask") is not None:
             gated, length = log_probs, labels.shape[1] - 1
-            if needs_nll and log_probs.shape == (labels.shape[0], length):
+            if log_probs.shape == (
+                labels.shape[0],
+                length,
+            ):  # a few numbers: worth looking for losses that are not finite
                 nll = nll_from_log_probs(log_probs, labels, layout)
         elif logits is not None:
             gated, length = logits, labels.shape[1]

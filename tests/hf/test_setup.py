@@ -131,9 +131,10 @@ def test_batches_without_labels_are_an_error(tmp_path: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_rows(tmp_path: Any) -> None:
+@pytest.mark.parametrize("scheduler", [BDS(), Fixed()], ids=["bds", "fixed"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_rows(scheduler: Any, tmp_path: Any) -> None:
     model = make_model()
-    trainer = make_sft(tmp_path, ROWS, model=model, callbacks=[SafeSchedCallback(BDS())], max_steps=4)
+    trainer = make_sft(tmp_path, ROWS, model=model, callbacks=[SafeSchedCallback(scheduler)], max_steps=4)
     with torch.no_grad():
         model.model.embed_tokens.weight[5 : 5 + 40] = float("nan")
     with pytest.raises(
