@@ -23,7 +23,7 @@ from safe_sched.identity import Layout, keys_of
 from safe_sched.index import RowIndex
 from safe_sched.losses import label_counts
 from safe_sched.state import load_state, require_same, save_state
-from safe_sched.types import Observation, Scheduler, State
+from safe_sched.types import Columns, Evidential, Observation, Scheduler, State
 
 Normalizer = Literal["token", "row"]
 
@@ -104,6 +104,8 @@ class Session:
         self.steps = 0
         self.rows_trained = 0
         self._batches: list[Batch] = []
+        self._learned: dict[str, float] = {}
+        self.safety_loss: float | None = None
 
     # one step ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +149,9 @@ class Session:
         self.state = self.scheduler.grow(self.state, self.index)
         self.seen = torch.cat([self.seen, self.seen.new_zeros(self.index.slots - self.seen.numel())])
 
-    def weigh(self, batch: Batch, nll: Tensor | None, mean_tokens: float | None = None) -> Tensor:
+    def weigh(
+        self, batch: Batch, nll: Tensor | None, mean_tokens: float | None = None, features: Tensor | None = None
+    ) -> Tensor:
         """The factors of a micro-batch's rows, once its forward is done.
 
         Args:
@@ -155,6 +159,7 @@ class Session:
             nll: float32 (rows,) in nats per token, or None where the scheduler does not need it.
             mean_tokens: Label tokens per row of the optimiser step, as the trainer's loss counts them; needed
                 for ``normalizer="row"``.
+            features: float32 (rows, width), where the scheduler asks for them.
 
         Returns:
             float32 (rows,) on the batch's device; also kept in ``batch.factors``.
@@ -171,7 +176,14 @@ class Session:
                 f"{self._rows_of(batch.slots[bad])}). Lower the learning rate, train in bfloat16 or float32 instead of "
                 "float16, or look at these rows."
             )
-        seen = Observation(batch.slots[teaches], losses, batch.label_tokens[teaches], self.steps)
+        seen = Observation(
+            batch.slots[teaches],
+            losses,
+            batch.label_tokens[teaches],
+            self.steps,
+            None if features is None else features.detach().float().cpu()[teaches],
+            self.safety_loss,
+        )
         weights = self.scheduler.weights(self.state, seen)
         if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
             bad = (~(torch.isfinite(weights) & (weights >= 0))).nonzero().flatten()
@@ -188,6 +200,29 @@ class Session:
         batch.factors[teaches.to(batch.factors.device)] = factors.to(batch.factors)
         batch.observed, batch.weights = seen, weights
         return batch.factors
+
+    def learn(self, slots: Tensor, scores: Tensor) -> None:
+        """Give the scheduler scores of some rows (`safe_sched.evidence`).
+
+        Args:
+            slots: int64 (rows,), from a `Batch`; negative ones are left out.
+            scores: float (rows,).
+
+        Raises:
+            NumericsError: A score is not finite.
+            OptionError: The scheduler takes no scores.
+        """
+        if not isinstance(self.scheduler, Evidential):
+            raise OptionError(f"the scheduler {self.scheduler.name!r} takes no scores; use BDS")
+        slots, scores = slots.cpu(), scores.detach().float().cpu()
+        slots, scores = slots[slots >= 0], scores[slots >= 0]
+        bad = slots[~torch.isfinite(scores)]
+        if bad.numel():
+            raise NumericsError(
+                f"the score of {bad.numel()} rows is not finite at step {self.steps} (training rows "
+                f"{self._rows_of(bad)}). Train in bfloat16 or float32 instead of float16, or look at these rows."
+            )
+        self._learned |= self.scheduler.learn(self.state, slots, scores)
 
     def mark_gated(self, batch: Batch) -> None:
         """Note that the gradients of a micro-batch came through the gate."""
@@ -207,7 +242,8 @@ class Session:
                 "docs/compatibility.md for what is supported."
             )
         step = Observation.concatenate([batch.observed for batch in self._batches if batch.observed is not None])
-        metrics = self.scheduler.update(self.state, step)
+        metrics = self._learned | self.scheduler.update(self.state, step)
+        self._learned = {}
         self.seen.index_add_(0, step.slots, torch.ones(step.slots.numel(), dtype=torch.int32))
         self.rows_trained += step.slots.numel()
         self.steps += 1
@@ -239,8 +275,12 @@ class Session:
     def table(self) -> pa.Table:
         """One line per training row: ``row`` int64, ``key`` uint64, ``weight`` float32, ``seen`` int32.
 
-        ``seen`` counts how often the row's content was trained on, so identical rows share one count.
+        ``seen`` counts how often the row's content was trained on, so identical rows share one count. A scheduler may
+        add columns, as `safe_sched.BDS` does: ``p_harmful`` with ``p_harmful_low`` and ``p_harmful_high`` (float32, the
+        posterior's mean and its 5 % and 95 % quantiles), ``log_odds`` (float32, what the row's scores say, in nats)
+        and ``scored`` (int32, how many scores).
         """
+        columns = self.scheduler.columns(self.state) if isinstance(self.scheduler, Columns) else {}
         slots = torch.arange(self.index.slots) if self.index.row_slots is None else self.index.row_slots.long()
         return pa.table(
             {
@@ -249,6 +289,7 @@ class Session:
                 "weight": pa.array(self.row_weights().numpy()),
                 "seen": pa.array(self.seen[slots].numpy()),
             }
+            | {name: pa.array(values[slots].numpy()) for name, values in columns.items()}
         )
 
     def _rows_of(self, slots: Tensor, at_most: int = 5) -> list[int]:

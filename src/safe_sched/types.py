@@ -6,6 +6,7 @@ One optimiser step, as an integration runs it (the trainer's own lines are unmar
     > session.begin_step(batches)                     # row keys, label counts; unknown rows stop the run
     > safety batch: backward of safety_weight * L_safe   # on empty gradients, where a safety set is given
       for batch in batches:
+    >     probe: session.learn(rows, scores)            # rows that are due, where the scheduler asks for it
           loss = model(batch)                         # the trainer's own forward and loss
     >     session.weigh(batch, nll)                   # scheduler.weights(...) -> a factor per row
           loss.backward()                             # the gate multiplies each row's gradient by its factor
@@ -18,7 +19,7 @@ A *slot* is the place of a row key among the distinct keys of the training set: 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,22 +37,32 @@ class Observation:
             does not ask for it.
         label_tokens: int64 (rows,), label tokens of the row, at least 1.
         step: Optimiser steps done before this one.
+        features: float32 (rows, width), what the model made of each row, where the scheduler asks for it.
+        safety_loss: Loss of the step's safety batch in nats per token, where there is one.
     """
 
     slots: Tensor
     nll: Tensor | None
     label_tokens: Tensor
     step: int
+    features: Tensor | None = None
+    safety_loss: float | None = None
 
     @staticmethod
     def concatenate(parts: list[Observation]) -> Observation:
         """Several observations of one step as one."""
-        nll = [part.nll for part in parts]
+
+        def together(values: list[Tensor | None]) -> Tensor | None:
+            there = [value for value in values if value is not None]
+            return torch.cat(there) if len(there) == len(values) else None
+
         return Observation(
             slots=torch.cat([part.slots for part in parts]),
-            nll=None if any(x is None for x in nll) else torch.cat([x for x in nll if x is not None]),
+            nll=together([part.nll for part in parts]),
             label_tokens=torch.cat([part.label_tokens for part in parts]),
             step=parts[0].step,
+            features=together([part.features for part in parts]),
+            safety_loss=parts[0].safety_loss,
         )
 
 
@@ -87,10 +98,16 @@ class Scheduler(Protocol[S]):
 
     name: ClassVar[str]
     """The name in the catalogue."""
-    state_type: ClassVar[type[State]]
-    """The class of its state, for loading."""
-    needs_nll: ClassVar[bool]
-    """Whether ``weights`` or ``update`` read the rows' losses."""
+
+    @property
+    def state_type(self) -> type[State]:
+        """The class of its state, for loading."""
+        ...
+
+    @property
+    def needs_nll(self) -> bool:
+        """Whether ``weights`` or ``update`` read the rows' losses."""
+        ...
 
     def settings(self) -> dict[str, object]:
         """The options as plain JSON values, for the manifest and the check at a resume."""
@@ -114,4 +131,31 @@ class Scheduler(Protocol[S]):
 
     def slot_weights(self, state: S) -> Tensor:
         """The weight of every slot now: float32 (slots,)."""
+        ...
+
+
+@runtime_checkable
+class Evidential(Protocol):
+    """A scheduler that learns from scores (`safe_sched.evidence`), which an integration may measure for it."""
+
+    @property
+    def evidence(self) -> str | None:
+        """Where its scores come from: ``"probe"``, ``"reference"``, ``"covariance"``, or None for none."""
+        ...
+
+    def due(self, state: Any, slots: Tensor) -> Tensor:
+        """Which rows should be measured now: bool (rows,)."""
+        ...
+
+    def learn(self, state: Any, slots: Tensor, scores: Tensor) -> dict[str, float]:
+        """Learn from scores, float (rows,), in place; returns numbers to log."""
+        ...
+
+
+@runtime_checkable
+class Columns(Protocol):
+    """A scheduler that has more to say of every row than its weight."""
+
+    def columns(self, state: Any) -> dict[str, Tensor]:
+        """Named tensors of (slots,), for `safe_sched.session.Session.table`."""
         ...

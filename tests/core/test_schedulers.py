@@ -165,7 +165,7 @@ def test_an_update_per_micro_batch_would_be_noticed():
     index = RowIndex(torch.tensor(DISTINCT))
     (step,) = steps_of(index, DISTINCT, 1, size=4)
     halves = [Observation(step.slots[p], step.nll[p], step.label_tokens[p], 0) for p in (slice(0, 2), slice(2, 4))]
-    assert not same(run(BDS(), index, halves), run(BDS(), index, [step]))
+    assert not same(run(BDS(compat="released"), index, halves), run(BDS(compat="released"), index, [step]))
 
 
 @over_the_catalogue
@@ -253,7 +253,7 @@ def test_settings_are_json_and_say_which_method_it_is(name, options):
 @over_duplicates
 def test_softmax_weights_have_mean_1_over_the_rows(options, keys):
     """Sum of N * softmax over the N rows is N, a row that occurs three times counting three times."""
-    session = Session(BDS(**options), RowIndex(torch.tensor(keys)))
+    session = Session(BDS(compat="released", **options), RowIndex(torch.tensor(keys)))
     for step in steps_of(session.index, keys, 30):
         assert session.row_weights().double().mean().item() == pytest.approx(1, abs=1e-6)
         session.scheduler.update(session.state, step)
@@ -262,11 +262,11 @@ def test_softmax_weights_have_mean_1_over_the_rows(options, keys):
 
 def test_a_mean_over_slots_would_be_noticed():
     """Control: over distinct rows the mean is not 1 where rows are duplicated; nor is that of other transforms."""
-    session = Session(BDS(learning_rate=0.2), RowIndex(torch.tensor(DUPLICATED)))
+    session = Session(BDS(compat="released", learning_rate=0.2), RowIndex(torch.tensor(DUPLICATED)))
     for step in steps_of(session.index, DUPLICATED, 10):
         session.scheduler.update(session.state, step)
     assert abs(session.scheduler.slot_weights(session.state).mean().item() - 1) > 0.01
-    other = Session(BDS(transform="sigmoid", learning_rate=0.2), RowIndex(torch.tensor(DISTINCT)))
+    other = Session(BDS(compat="released", transform="sigmoid", learning_rate=0.2), RowIndex(torch.tensor(DISTINCT)))
     for step in steps_of(other.index, DISTINCT, 10):
         other.scheduler.update(other.state, step)
     assert abs(other.row_weights().mean().item() - 1) > 0.01
@@ -280,10 +280,10 @@ def test_weights_before_the_first_step_are_the_transform_of_the_first_logit(keys
     def first(scheduler: Any) -> list[float]:
         return scheduler.slot_weights(scheduler.init(index)).tolist()
 
-    assert first(BDS()) == pytest.approx([1.0] * index.slots, abs=1e-6)
-    assert first(BDS(transform="sigmoid", initial_logit=0.0)) == [1.0] * index.slots
-    assert first(BDS(transform="identity", initial_logit=0.75)) == [0.75] * index.slots
-    assert first(BDS(transform="identity", initial_logit=-0.75)) == [0.0] * index.slots
+    assert first(BDS(compat="released")) == pytest.approx([1.0] * index.slots, abs=1e-6)
+    assert first(BDS(compat="released", transform="sigmoid", initial_logit=0.0)) == [1.0] * index.slots
+    assert first(BDS(compat="released", transform="identity", initial_logit=0.75)) == [0.75] * index.slots
+    assert first(BDS(compat="released", transform="identity", initial_logit=-0.75)) == [0.0] * index.slots
     assert first(Fixed()) == [1.0] * index.slots
 
 
@@ -347,10 +347,10 @@ def random_keys(rows: int, duplicates: bool) -> list[int]:
 
 
 TRANSFORMS = [
-    BDS(),
-    BDS(learning_rate=0.05, betas=(0.8, 0.9), eps=1e-6, initial_logit=-1.0),
-    BDS(transform="sigmoid", learning_rate=0.05),
-    BDS(transform="identity", learning_rate=0.02, initial_logit=0.3),
+    BDS(compat="released"),
+    BDS(compat="released", learning_rate=0.05, betas=(0.8, 0.9), eps=1e-6, initial_logit=-1.0),
+    BDS(compat="released", transform="sigmoid", learning_rate=0.05),
+    BDS(compat="released", transform="identity", learning_rate=0.02, initial_logit=0.3),
 ]
 
 
@@ -400,7 +400,7 @@ BDS_GRADIENT = BDS._batch_gradient
 )
 def test_a_wrong_gradient_of_bds_would_be_noticed(wrong, duplicates, monkeypatch):
     """Control: counts forgotten, rows outside the step left still, and the mean over the step taken as a sum."""
-    scheduler = BDS(learning_rate=0.05, eps=1e-2)
+    scheduler = BDS(compat="released", learning_rate=0.05, eps=1e-2)
     after_50_steps(scheduler, random_keys(24, duplicates))
     monkeypatch.setattr(BDS, "_batch_gradient", wrong)
     with pytest.raises(AssertionError):
@@ -411,7 +411,7 @@ def test_the_first_step_of_bds_moves_every_logit_by_the_learning_rate():
     """By hand. N = 4, U = {0, 1}, nll = (2, 1), z equal, so pi = 1/4 and dz_j = (4/4/2) * (1[j in U] nll_j - 3/4):
     +0.625, +0.125, -0.375, -0.375. AdamW's first step is -lr * sign(dz): -lr, -lr, +lr, +lr.
     """
-    scheduler = BDS(learning_rate=0.01)
+    scheduler = BDS(compat="released", learning_rate=0.01)
     state = scheduler.init(RowIndex(torch.tensor([1, 2, 3, 4])))
     scheduler.update(state, Observation(torch.tensor([0, 1]), torch.tensor([2.0, 1.0]), torch.tensor([3, 3]), 0))
     torch.testing.assert_close(state.logits, torch.tensor([0.09, 0.09, 0.11, 0.11]))
@@ -423,7 +423,7 @@ def test_the_gradient_of_a_duplicated_row_in_closed_form():
     """By hand. Rows a, a, b: N = 3, z equal, pi = 1/3. U = {a, a}, nll = (2, 1), so per slot (1/|U|) sum nll = 3/2 and
     sum_U pi nll / |U| = 1/2. dz_a = 3 * 1/3 * (3/2 - 2 * 1/2) = 1/2, dz_b = -3 * 1/3 * 1/2 = -1/2.
     """
-    scheduler = BDS()
+    scheduler = BDS(compat="released")
     state = scheduler.init(RowIndex(torch.tensor([7, 7, 9])))
     scheduler.update(state, Observation(torch.tensor([0, 0]), torch.tensor([2.0, 1.0]), torch.tensor([3, 3]), 0))
     torch.testing.assert_close(state.mean, 0.1 * torch.tensor([0.5, -0.5]))
@@ -456,12 +456,12 @@ def test_a_chunk_that_is_left_out_would_be_noticed(monkeypatch):
 
     monkeypatch.setattr(BDS, "_adam", first_chunk_only)
     with pytest.raises(AssertionError):
-        after_50_steps(BDS(learning_rate=0.05), random_keys(24, False))
+        after_50_steps(BDS(compat="released", learning_rate=0.05), random_keys(24, False))
 
 
 def test_the_higher_loss_loses_weight():
     """The released rule's direction: of two rows that are always seen together, the harder one falls."""
-    session = Session(BDS(learning_rate=0.05), RowIndex(torch.tensor([1, 2])))
+    session = Session(BDS(compat="released", learning_rate=0.05), RowIndex(torch.tensor([1, 2])))
     for step in range(20):
         seen = Observation(torch.tensor([0, 1]), torch.tensor([2.0, 0.5]), torch.tensor([3, 3]), step)
         session.scheduler.update(session.state, seen)
@@ -472,7 +472,7 @@ def test_the_higher_loss_loses_weight():
 @pytest.mark.parametrize("transform", ["softmax", "sigmoid", "identity"])
 def test_a_step_without_rows_only_lets_the_moments_fade(transform):
     """All rows of a step without labels: gradient 0 for everyone, as AdamW sees a gradient of zeros."""
-    scheduler = BDS(transform=transform)
+    scheduler = BDS(compat="released", transform=transform)
     index = RowIndex(torch.tensor(DISTINCT))
     state = run(scheduler, index, steps_of(index, DISTINCT, 2))
     mean, square = state.tensors()["mean"].clone(), state.tensors()["square"].clone()
@@ -513,7 +513,7 @@ def test_a_stream_of_bds_is_the_slow_loop_that_grows(scheduler):
 
 def test_growth_that_forgot_the_softmax_would_be_noticed(monkeypatch):
     """Control: the sum that the softmax divides by left as it was, the mean weight drifts away from 1."""
-    scheduler = BDS()
+    scheduler = BDS(compat="released")
     index = RowIndex(None)
     index.add(torch.tensor([1, 2]))
     state = scheduler.init(index)
@@ -527,7 +527,7 @@ def test_growth_that_forgot_the_softmax_would_be_noticed(monkeypatch):
 def test_rows_that_a_stream_brings_at_once_are_rows_known_before():
     """All keys in ascending order in the first step: slots and weights as in a set that was indexed."""
     known, stream = RowIndex(torch.tensor(sorted(DISTINCT))), RowIndex(None)
-    scheduler = BDS()
+    scheduler = BDS(compat="released")
     state = scheduler.init(stream)
     stream.add(torch.tensor(sorted(DISTINCT)))
     state = scheduler.grow(state, stream)
@@ -539,7 +539,7 @@ def test_rows_that_a_stream_brings_at_once_are_rows_known_before():
 
 
 def test_a_stream_may_begin_with_a_step_without_rows():
-    scheduler = BDS()
+    scheduler = BDS(compat="released")
     state = scheduler.init(RowIndex(None))
     scheduler.update(state, Observation(torch.empty(0).long(), torch.empty(0), torch.empty(0).long(), 0))
     assert scheduler.slot_weights(state).tolist() == []
@@ -678,7 +678,7 @@ def test_an_unknown_method_is_named_with_the_nearest_known_one():
 
 
 def test_a_built_scheduler_is_given_back():
-    scheduler = BDS()
+    scheduler = BDS(compat="released")
     assert build(scheduler) is scheduler
 
 
@@ -705,7 +705,7 @@ def test_a_built_scheduler_is_given_back():
 def test_an_option_out_of_range_is_an_option_error_that_names_it(options):
     (name,) = options
     with pytest.raises(OptionError, match=rf"BDS\({name}.*="):
-        BDS(**options)
+        BDS(compat="released", **options)
 
 
 @pytest.mark.parametrize("cls", CATALOG.values(), ids=CATALOG)
@@ -715,7 +715,7 @@ def test_an_unknown_option_is_an_option_error_that_lists_the_known(cls):
     assert all(repr(field.name) in str(caught.value) for field in dataclasses.fields(cls))
 
 
-@pytest.mark.parametrize("scheduler", [BDS(), Fixed([1.0])], ids=["bds", "fixed"])
+@pytest.mark.parametrize("scheduler", [BDS(compat="released"), Fixed([1.0])], ids=["bds", "fixed"])
 def test_options_cannot_be_changed_after_the_start(scheduler):
     field = dataclasses.fields(scheduler)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -57,7 +57,7 @@ def test_each_row_gets_its_own_weight_wherever_it_lies(lay):
 
 def test_rows_without_labels_keep_factor_1_and_are_not_observed():
     """They teach nothing: the scheduler does not see them, their key need not be known, their loss may be anything."""
-    session = session_of(scheduler=BDS())
+    session = session_of(scheduler=BDS(compat="released"))
     (batch,) = session.begin_step([pad([SILENT, LONG])])
     assert batch.slots.tolist()[0] == -1
     assert batch.label_tokens.tolist() == [0, 4]
@@ -235,14 +235,14 @@ def test_a_step_that_was_never_begun_stops_the_run():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_names_its_training_row(bad):
     """The row's number in the training set, not its place in the batch."""
-    session = session_of(scheduler=BDS())
+    session = session_of(scheduler=BDS(compat="released"))
     (batch,) = session.begin_step([pad([OTHER, SHORT, SILENT, LONG])])
     with pytest.raises(NumericsError, match=r"the loss of 2 rows is not finite at step 0 \(training rows \[2, 1\]\)"):
         session.weigh(batch, torch.tensor([bad, 1.0, 1.0, bad]))
 
 
 def test_a_loss_that_is_not_finite_names_the_first_of_identical_rows():
-    session = session_of([SHORT, LONG, LONG], BDS())
+    session = session_of([SHORT, LONG, LONG], BDS(compat="released"))
     (batch,) = session.begin_step([pad([LONG])])
     with pytest.raises(NumericsError, match=r"training rows \[1\]"):
         session.weigh(batch, torch.tensor([math.nan]))
@@ -277,7 +277,7 @@ def test_the_metrics_of_a_step_are_of_all_its_rows():
 
 def test_the_scheduler_learns_once_from_all_micro_batches():
     """A session that is given the rows in two micro-batches learns what it learns from one."""
-    one, two = session_of(scheduler=BDS()), session_of(scheduler=BDS())
+    one, two = session_of(scheduler=BDS(compat="released")), session_of(scheduler=BDS(compat="released"))
     for number in range(4):
         for session, micros in ((one, [[SHORT, LONG, OTHER]]), (two, [[SHORT], [LONG, OTHER]])):
             losses = {SHORT: 1.0 + number, LONG: 2.0, OTHER: 0.5}
@@ -315,7 +315,7 @@ def test_the_table_has_a_line_for_every_training_row_in_the_order_of_the_set():
 
 
 def test_the_table_of_a_stream_has_a_line_for_every_row_in_the_order_of_arrival():
-    session = Session(BDS(), RowIndex(None))
+    session = Session(BDS(compat="released"), RowIndex(None))
     assert session.table().num_rows == 0
     step(session, pad([LONG, SHORT]))
     step(session, pad([OTHER]), pad([LONG]))
@@ -325,7 +325,7 @@ def test_the_table_of_a_stream_has_a_line_for_every_row_in_the_order_of_arrival(
 
 
 def test_a_stream_knows_every_row_that_it_brings():
-    session = Session(BDS(), RowIndex(None))
+    session = Session(BDS(compat="released"), RowIndex(None))
     (batch,) = session.begin_step([pad([LONG, SILENT, SHORT, LONG])])
     assert batch.slots.tolist() == [0, -1, 1, 0]
     assert session.index.slots == 2
@@ -350,7 +350,7 @@ def test_without_any_weight_there_is_no_effective_sample_size():
     assert math.isnan(session_of(scheduler=Fixed([0.0] * 3)).effective_sample_size())
 
 
-@pytest.mark.parametrize("scheduler", [Fixed(), BDS()], ids=["fixed", "bds"])
+@pytest.mark.parametrize("scheduler", [Fixed(), BDS(compat="released")], ids=["fixed", "bds"])
 @pytest.mark.parametrize("streaming", [False, True], ids=["set", "stream"])
 def test_a_step_in_which_no_row_has_labels_passes(scheduler, streaming):
     """Nothing is learned, nothing is weighed, and nothing is wrong: prompts that filled the whole length."""

@@ -26,7 +26,7 @@ TENSORS = {"a": torch.arange(6).view(2, 3), "b": torch.tensor(0.5, dtype=torch.f
 
 def session_of(scheduler: Any = None, rows: Any = ROWS, **options: Any) -> Session:
     index = RowIndex(None if rows is None else torch.tensor(pad(rows).keys))
-    return Session(BDS() if scheduler is None else scheduler, index, **options)
+    return Session(BDS(compat="released") if scheduler is None else scheduler, index, **options)
 
 
 def train(session: Session, steps: int = 2) -> Session:
@@ -214,9 +214,9 @@ def test_a_session_goes_on_from_its_own_state(tmp_path):
         ({"rows": ROWS[:2]}, "data", "-3'", "-2'"),
         ({"rows": [*ROWS, ROWS[0]]}, "data", "-3'", "-4'"),
         ({"rows": None}, "data", "-3'", "'stream'"),
-        ({"scheduler": BDS(learning_rate=0.1)}, "scheduler", "'learning_rate': 0.005", "'learning_rate': 0.1"),
-        ({"scheduler": BDS(betas=(0.9, 0.99))}, "scheduler", "[0.9, 0.95]", "[0.9, 0.99]"),
-        ({"scheduler": BDS(transform="sigmoid")}, "scheduler", "'softmax'", "'sigmoid'"),
+        ({"scheduler": BDS(compat="released", learning_rate=0.1)}, "scheduler", "'learning_rate': 0.005", "'learning_rate': 0.1"),
+        ({"scheduler": BDS(compat="released", betas=(0.9, 0.99))}, "scheduler", "[0.9, 0.95]", "[0.9, 0.99]"),
+        ({"scheduler": BDS(compat="released", transform="sigmoid")}, "scheduler", "'softmax'", "'sigmoid'"),
         ({"scheduler": Fixed()}, "scheduler", "'bds'", "'fixed'"),
         ({"normalizer": "row"}, "normalizer", "'token'", "'row'"),
         ({"settings": {"safety_weight": 2.0}}, "safety_weight", "None", "2.0"),

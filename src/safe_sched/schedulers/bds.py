@@ -1,232 +1,493 @@
-"""BDS: Bayesian Data Scheduler, one logit per row (arXiv 2510.27172), as released.
+"""BDS: Bayesian Data Scheduler, one logit per row (arXiv 2510.27172), with its evidence term.
 
-Joint posterior of model and row logits z, with weights that rise and fall with the logits::
+The joint posterior of model and row logits z is::
 
-    p(theta, z | D_ft, D_safe)  ~  p(D_safe | theta) * prod_i exp(-w_i(z) * nll_i(theta)) * p(theta) p(z)
+    p(theta, z | D_ft, D_safe)  ~  p(D_safe | theta) * p(D_ft | theta, z) / p(D_ft | z) * p(theta) p(z)
 
-    w_i = N * softmax(z)_i        "softmax": mean 1 over the training set
-        = 2 * sigmoid(z_i)        "sigmoid": each row for itself, 1 at z = 0
-        = max(z_i, 0)             "identity"
+For one row, with the model held, the middle factors leave ``exp(-E_i w(z_i))``. The evidence ``E_i`` is the difference
+between the loss under the safety-aware model and under one that does not care, on a scale on which it is the log-odds of
+the row being harmful (`safe_sched.evidence`); scores of one row add up. So the energy of a row's logit is::
 
-The released rule follows, by AdamW, the gradient of the weighted loss of the user rows U of one optimiser step,
-with the losses held fixed and no Langevin noise: a point estimate. For softmax, with pi = softmax(z)::
+    U(z_i) = E_i w(z_i) - log p(z_i)
 
-    L_z    = (1/|U|) sum_{i in U} w_i nll_i
-    dz_j   = (N pi_j / |U|) * ( 1[j in U] nll_j  -  sum_{i in U} pi_i nll_i )        for every row j of the N
+    w(z) = sigmoid(z) / its prior mean      "sigmoid": each row for itself; a whole batch can be turned away
+         = N softmax(z)                     "softmax": mean 1 over the training set, as in the paper
+         = max(z, 0) / its prior mean       "identity"
 
-Every row moves at every step: outside U the gradient is tiny, and AdamW takes it at full size.
+and it is sampled by preconditioned SGLD (`safe_sched.posterior`) whenever a row's evidence has changed; the row's
+weight is the posterior mean of w, its probability of being harmful that of ``1 - sigmoid(z)``. Weight 1 is what a row has
+before anything is known of it. The paper's released code drops the evidence; see `safe_sched.schedulers.released`.
 
-============  =========================  ==================
-symbol        name here                  unit
-============  =========================  ==================
-z             ``logits``                 1
-w             weights                    1
-nll           ``nll``                    nats per token
-N, U          ``rows``, the step's rows  rows
-============  =========================  ==================
+**Priors.** *Gaussian on the logits*: ``-log p(z) = (z - mean)**2 / (2 std**2)``; it pulls towards the weight that every
+row starts with. *Harmful share*: each row is harmful with a share q, ``q ~ Beta(a, b)`` with ``a + b = prior_rows``
+and mean ``prior_share``. Integrating q out, with H the sum of the M judged rows' harmful probabilities, gives
+``Beta(a + H, b + M - H) / Beta(a, b)``, whose derivative by one row's ``1 - sigmoid(z)`` is ``digamma(a + H) -
+digamma(b + M - H)``: close to the log-odds of the share found so far. It is added to every row's evidence, so one row in
+ten thousand needs more evidence than one in two. The released prior has the wrong sign, and under softmax a share prior is
+constant: it is refused there. With softmax and identity, which nothing bounds above, only ``max(E, 0)`` enters: without
+that the posterior of softmax puts all mass on the most harmless row.
 
-Cost: one pass over N numbers per optimiser step, 12 bytes per row; no pass of the model. Limits, measured in
-docs/methods/bds.md: near-inert for a few epochs; and since the loss itself is the signal, hard rows lose weight
-whether they are harmful or not.
+============  ==========================  ==================
+symbol        name here                   unit
+============  ==========================  ==================
+z             ``logits``                  1
+w             weights                     1
+E             ``log_odds``                nats
+x             score                       1, see `safe_sched.evidence`
+============  ==========================  ==================
+
+Cost: nothing for a step without new scores; otherwise ``burn_in + draws`` updates of the rows that were scored, all at
+once. 21 bytes per row; no pass over all rows, and no pass of the model but the probe's, see `docs/methods/bds.md`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from safe_sched.errors import OptionError
+from safe_sched.evidence import Calibration
 from safe_sched.index import RowIndex
+from safe_sched.posterior import Langevin, acceptance, effective_draws, normal, rhat, sample
+from safe_sched.reference import load_reference
 from safe_sched.schedulers.options import options, settings_of
+from safe_sched.schedulers.released import Released
 from safe_sched.types import Observation, State
 
-# 1 MiB of scratch: large enough for two threads, small enough to stay in the cache
-_CHUNK = 1 << 18
+Transform = Literal["softmax", "sigmoid", "identity"]
+Prior = Literal["harmful_share", "gaussian", "flat"]
+
+RESOLVED = 3.0
+"""Log-odds, 20 to 1, beyond which a row is not measured again."""
+
+_STD = {"sigmoid": 4.0, "softmax": 1.0, "identity": 0.5}
+_MEAN = {"sigmoid": 0.0, "softmax": 0.0, "identity": 1.0}
+_RELEASED_ONLY = ("learning_rate", "betas", "eps", "initial_logit")
 
 
 @dataclass
 class BDSState(State):
-    """Logits, AdamW's two moments, and the sum that the softmax divides by.
+    """What is known of every row.
 
     Attributes:
-        logits: float32 (slots,).
-        mean: float32 (slots,), running mean of the gradient.
-        square: float32 (slots,), running mean of its square.
+        log_odds: float32 (slots,), the sum E of what its scores said.
+        logits: float32 (slots,), posterior mean of z; only the softmax reads it.
+        weight: float32 (slots,), posterior mean of w, 1 before the first score; not used by the softmax.
+        harmful: float32 (slots,), posterior probability of being harmful.
+        low, high: float32 (slots,), its 5 % and 95 % quantiles.
+        scored: uint8 (slots,), scores so far, 255 for more.
+        calibration: float64 (4,), see `safe_sched.evidence.Calibration`.
+        judged: float64 (2,), rows with a score, and the sum of their probabilities.
         counts: int32 (slots,), rows that share a slot; (0,) where every row has its own.
         rows: N.
-        steps: Updates so far.
-        log_total: float64 (), log of sum_i exp(z_i) over the N rows.
+        log_total: float64 (), log of the sum over the N rows of exp(z).
+        reference: float32 (slots,) losses of the reference model, or (0,).
+        moments: float32 (4, slots): visits, mean loss, mean safety loss, sum of their co-deviations; or (4, 0).
     """
 
+    log_odds: Tensor
     logits: Tensor
-    mean: Tensor
-    square: Tensor
+    weight: Tensor
+    harmful: Tensor
+    low: Tensor
+    high: Tensor
+    scored: Tensor
+    calibration: Tensor
+    judged: Tensor
     counts: Tensor
     rows: int
-    steps: int
     log_total: Tensor
+    reference: Tensor
+    moments: Tensor
 
 
 @options
 class BDS:
-    """Bayesian Data Scheduler with one logit per training row.
+    """Bayesian Data Scheduler with one logit per training row. The defaults need no tuning.
 
     Args:
-        compat: ``"released"``: the rule of the authors' released code. The full posterior with its evidence term is
-            under way and will be the default.
-        transform: From logit to weight: ``"softmax"``, ``"sigmoid"`` or ``"identity"``.
-        learning_rate: AdamW step size of the logits, > 0.
-        betas: AdamW's two decay rates, each in [0, 1).
-        eps: AdamW's regulariser, > 0.
-        initial_logit: z of every row before the first step.
+        evidence: Where a row's score comes from: ``"probe"`` (the default), ``"reference"``, ``"covariance"``, or None to
+            leave the weights at 1 (and to bring scores yourself, through ``session.learn``).
+        reference: For ``evidence="reference"``: a file written by ``safe-sched losses``, or ``"adapter:NAME"`` for a PEFT
+            adapter of the model that was trained without safety data.
+        transform: From logit to weight; None is ``"sigmoid"``.
+        prior: ``"harmful_share"`` (sigmoid's default), ``"gaussian"`` (the default of the others), ``"flat"``.
+        prior_share: Share of harmful rows expected, in (0, 1).
+        prior_rows: How many rows that expectation is worth, > 0.
+        prior_std: Standard deviation of a logit, > 0; None: 4 for sigmoid, 1 for softmax, 0.5 for identity.
+        temperature: 1 samples the posterior, 0 takes its mode.
+        step_size: Of SGLD, > 0, relative to the width of the posterior.
+        step_decay: Exponent of its schedule, 0 to 1.
+        burn_in, draws, thin, chains: Lengths of the chains, and how many there are.
+        max_probes: How often one row is measured at most, 1 to 255; a row is measured until its log-odds are beyond 3.
+        seed: Of the chains.
+        compat: ``"released"``: the rule of the authors' released code instead, see `safe_sched.schedulers.released`.
+        learning_rate, betas, eps, initial_logit: Options of the released rule alone.
+
+    Raises:
+        OptionError: Options that do not go together, or out of range.
 
     Example:
-        Two rows, the first with the higher loss: its weight falls.
+        Three rows, of which the last resists staying safe.
 
         >>> from safe_sched import BDS
         >>> from safe_sched.index import RowIndex
-        >>> from safe_sched.types import Observation
-        >>> scheduler = BDS(learning_rate=0.1)
-        >>> state = scheduler.init(RowIndex(torch.tensor([1, 2])))
-        >>> seen = Observation(torch.tensor([0, 1]), torch.tensor([2.0, 1.0]), torch.tensor([5, 5]), step=0)
-        >>> _ = scheduler.update(state, seen)
-        >>> scheduler.slot_weights(state)
-        tensor([0.9003, 1.0997])
+        >>> scheduler = BDS()
+        >>> state = scheduler.init(RowIndex(torch.tensor([1, 2, 3])))
+        >>> for _ in range(3):
+        ...     _ = scheduler.learn(state, torch.tensor([0, 1, 2]), torch.tensor([0.0, 0.1, 1.0]))
+        >>> [round(w, 1) for w in scheduler.slot_weights(state).tolist()]
+        [1.3, 1.3, 0.0]
     """
 
     name: ClassVar[str] = "bds"
-    state_type: ClassVar[type[State]] = BDSState
-    needs_nll: ClassVar[bool] = True
 
-    compat: Literal["released"] = "released"
-    transform: Literal["softmax", "sigmoid", "identity"] = "softmax"
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-3
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    initial_logit: float = 0.1
+    evidence: Literal["probe", "reference", "covariance"] | None = "probe"
+    reference: str | None = None
+    transform: Transform | None = None
+    prior: Prior | None = None
+    prior_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    prior_rows: Annotated[float, Field(gt=0)] = 10.0
+    prior_std: Annotated[float, Field(gt=0)] | None = None
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    step_size: Annotated[float, Field(gt=0, le=1)] = 0.25
+    step_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    burn_in: Annotated[int, Field(ge=0)] = 16
+    draws: Annotated[int, Field(ge=4)] = 32
+    thin: Annotated[int, Field(ge=1)] = 1
+    chains: Annotated[int, Field(ge=1)] = 8
+    max_probes: Annotated[int, Field(ge=1, le=255)] = 3
+    seed: int = 0
+    compat: Literal["released"] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    eps: Annotated[float, Field(gt=0)] | None = None
+    initial_logit: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in _RELEASED_ONLY if getattr(self, name) is not None]
+        if self.compat is None and given:
+            raise OptionError(
+                f'BDS: {", ".join(given)} belongs to the released rule; add compat="released" or leave it out'
+            )
+        if self.compat == "released":
+            mine = [n for n, value in _posterior_options(self).items() if value != _posterior_options(BDS())[n]]
+            if mine:
+                raise OptionError(f'BDS(compat="released"): the released rule has no {", ".join(mine)}; leave it out')
+            return
+        if self.prior == "harmful_share" and self._transform != "sigmoid":
+            raise OptionError(
+                f'BDS(transform="{self._transform}", prior="harmful_share"): a share of rows has no meaning for weights '
+                'that are relative; use prior="gaussian", or transform="sigmoid"'
+            )
+        if self.prior == "flat" and self.temperature > 0:
+            raise OptionError(
+                'BDS(prior="flat"): a flat prior on logits has no posterior to sample; use temperature=0, or a Gaussian prior'
+            )
+        if (self.reference is not None) != (self.evidence == "reference"):
+            raise OptionError(
+                'BDS: evidence="reference" and reference=... (a file written by `safe-sched losses`, or "adapter:NAME") '
+                "go together"
+            )
+
+    @functools.cached_property
+    def _released(self) -> Released | None:
+        if self.compat is None:
+            return None
+        chosen = {name: getattr(self, name) for name in (*_RELEASED_ONLY, "transform")}
+        return Released(**{name: value for name, value in chosen.items() if value is not None})
+
+    @property
+    def _transform(self) -> Transform:
+        return self.transform or "sigmoid"
+
+    @property
+    def _prior(self) -> Prior:
+        return self.prior or ("harmful_share" if self._transform == "sigmoid" else "gaussian")
+
+    def _precision(self, transform: Transform) -> float:
+        std = self.prior_std if self.prior_std and transform == self._transform else _STD[transform]
+        return 0.0 if self._prior == "flat" else std**-2.0
+
+    @property
+    def state_type(self) -> type[State]:
+        """The class of its state."""
+        return BDSState if self._released is None else self._released.state_type
+
+    @property
+    def needs_nll(self) -> bool:
+        """Whether it reads the rows' losses."""
+        return self._released is not None or self.evidence in ("reference", "covariance")
 
     def settings(self) -> dict[str, object]:
         """The options as plain JSON values."""
-        return settings_of(self)
+        if self._released is not None:
+            return {**settings_of(self._released), "name": self.name, "compat": "released"}
+        known = {name: value for name, value in settings_of(self).items() if name not in (*_RELEASED_ONLY, "compat")}
+        return known | {"transform": self._transform, "prior": self._prior}
 
-    def init(self, index: RowIndex) -> BDSState:
-        """See `safe_sched.types.Scheduler.init`."""
-        counts = index.counts
+    # state ------------------------------------------------------------------------------------------------------
+
+    def init(self, index: RowIndex) -> Any:
+        """See `safe_sched.types.Scheduler.init`.
+
+        Raises:
+            DataError: The reference file lacks a row of the training set.
+        """
+        if self._released is not None:
+            return self._released.init(index)
+        n, counts = index.slots, index.counts
+        start = _MEAN[self._transform]
+        from_file = self.evidence == "reference" and not str(self.reference).startswith("adapter:")
+        share = float(torch.sigmoid(torch.tensor(self._share_log_odds(torch.zeros(2)))))
         return BDSState(
-            logits=torch.full((index.slots,), self.initial_logit),
-            mean=torch.zeros(index.slots),
-            square=torch.zeros(index.slots),
+            log_odds=torch.zeros(n),
+            logits=torch.full((n,), start),
+            weight=torch.ones(n),
+            harmful=torch.full((n,), share),
+            low=torch.zeros(n),
+            high=torch.ones(n),
+            scored=torch.zeros(n, dtype=torch.uint8),
+            calibration=Calibration.fresh(),
+            judged=torch.zeros(2, dtype=torch.float64),
             counts=torch.empty(0, dtype=torch.int32) if counts is None else counts.to(torch.int32),
             rows=index.rows,
-            steps=0,
-            log_total=torch.tensor(math.log(max(index.rows, 1)) + self.initial_logit, dtype=torch.float64),
+            log_total=torch.tensor(math.log(max(index.rows, 1)) + start, dtype=torch.float64),
+            reference=load_reference(Path(str(self.reference)), index) if from_file else self._unknown_losses(n),
+            moments=torch.zeros(4, n if self.evidence == "covariance" else 0),
         )
 
-    def grow(self, state: BDSState, index: RowIndex) -> BDSState:
+    def _unknown_losses(self, n: int) -> Tensor:
+        return torch.full((n if self.evidence == "reference" else 0,), math.nan)
+
+    def grow(self, state: Any, index: RowIndex) -> Any:
         """See `safe_sched.types.Scheduler.grow`: new rows start where all rows started."""
-        new = index.slots - state.logits.numel()
-        return replace(
-            state,
-            logits=torch.cat([state.logits, torch.full((new,), self.initial_logit)]),
-            mean=torch.cat([state.mean, torch.zeros(new)]),
-            square=torch.cat([state.square, torch.zeros(new)]),
-            rows=index.rows,
-            log_total=torch.logaddexp(
-                # an empty stream has no rows, whose sum is 0
-                state.log_total if state.rows else torch.tensor(-math.inf, dtype=torch.float64),
-                torch.tensor(math.log(new) + self.initial_logit, dtype=torch.float64),
-            ),
-        )
+        if self._released is not None:
+            return self._released.grow(state, index)
+        fresh = self.init(index)
+        old = state.log_odds.numel()
+        grown = {
+            name: torch.cat([getattr(state, name), getattr(fresh, name)[..., old:]], dim=-1)
+            for name in ("log_odds", "logits", "weight", "harmful", "low", "high", "scored", "reference", "moments")
+        }
+        added = torch.tensor(math.log(max(index.slots - old, 1)) + _MEAN[self._transform], dtype=torch.float64)
+        total = torch.logaddexp(state.log_total, added) if old else added
+        return replace(state, **grown, rows=index.rows, log_total=total)
 
-    def weights(self, state: BDSState, batch: Observation) -> Tensor:
+    # weights ----------------------------------------------------------------------------------------------------
+
+    def weights(self, state: Any, batch: Observation) -> Tensor:
         """See `safe_sched.types.Scheduler.weights`."""
-        return self._transform(state, state.logits[batch.slots])
+        if self._released is not None:
+            return self._released.weights(state, batch)
+        return self._weights(state, batch.slots)
 
-    def slot_weights(self, state: BDSState) -> Tensor:
+    def slot_weights(self, state: Any) -> Tensor:
         """See `safe_sched.types.Scheduler.slot_weights`."""
-        return self._transform(state, state.logits)
+        return self._released.slot_weights(state) if self._released is not None else self._weights(state, slice(None))
 
-    def _transform(self, state: BDSState, logits: Tensor) -> Tensor:
-        if self.transform == "softmax":
-            return torch.exp(logits + (math.log(max(state.rows, 1)) - float(state.log_total)))
-        return 2 * torch.sigmoid(logits) if self.transform == "sigmoid" else logits.clamp(min=0)
+    def _weights(self, state: BDSState, where: Any) -> Tensor:
+        if self._transform == "softmax":
+            return torch.exp(state.logits[where] + (math.log(max(state.rows, 1)) - float(state.log_total)))
+        return state.weight[where]
 
-    def update(self, state: BDSState, step: Observation) -> dict[str, float]:
-        """One AdamW step on the logits, in place.
+    def columns(self, state: Any) -> dict[str, Tensor]:
+        """What the table says of every slot beside its weight."""
+        if self._released is not None:
+            return {}
+        return {
+            "p_harmful": state.harmful,
+            "p_harmful_low": state.low,
+            "p_harmful_high": state.high,
+            "log_odds": state.log_odds,
+            "scored": state.scored.to(torch.int32),
+        }
+
+    # learning ---------------------------------------------------------------------------------------------------
+
+    def due(self, state: Any, slots: Tensor) -> Tensor:
+        """Which rows are still open: bool (rows,)."""
+        if self.evidence != "probe" or self._released is not None:
+            return torch.zeros(slots.numel(), dtype=torch.bool)
+        scored = state.scored[slots]
+        open_ = (state.log_odds[slots] + self._share_log_odds(state.judged)).abs() < RESOLVED
+        return (scored == 0) | (open_ & (scored < self.max_probes))
+
+    def update(self, state: Any, step: Observation) -> dict[str, float]:
+        """See `safe_sched.types.Scheduler.update`: scores that need no probe."""
+        if self._released is not None:
+            return self._released.update(state, step)
+        if self.evidence == "reference":
+            assert step.nll is not None
+            known = torch.isfinite(state.reference[step.slots])
+            return self.learn(state, step.slots[known], (step.nll - state.reference[step.slots])[known])
+        if self.evidence == "covariance":
+            return self._covariance(state, step)
+        return {}
+
+    def learn(self, state: Any, slots: Tensor, scores: Tensor) -> dict[str, float]:
+        """Take scores in, and sample the logits of their rows again.
 
         Args:
             state: Changed in place.
-            step: All rows of the optimiser step, with their losses under the parameters before it.
+            slots: int64 (rows,).
+            scores: float (rows,), finite; positive where staying safe makes the row harder to learn.
+
+        Returns:
+            Numbers to log: the calibration, and how the chains did.
         """
-        assert step.nll is not None
-        state.steps += 1
-        slots, place = torch.unique(step.slots, return_inverse=True)
-        loss = torch.zeros(slots.numel(), dtype=torch.float64).index_add_(0, place, step.nll.double())
-        loss /= step.slots.numel()
-        gradient, spread = self._batch_gradient(state, slots, loss)
+        if self._released is not None:
+            raise OptionError('BDS(compat="released") takes no scores; leave compat out')
+        if not slots.numel():
+            return {}
+        slots, place = torch.unique(slots, return_inverse=True)
+        each = torch.bincount(place).double()
+        score = torch.zeros(slots.numel(), dtype=torch.float64).index_add_(0, place, scores.double()) / each
+        calibration, prior = Calibration(state.calibration), self._share_log_odds(state.judged)
+        state.log_odds[slots] += calibration.fit(score).float()
+        visits = state.scored[slots].long()
+        state.scored[slots] = (visits + 1).clamp(max=255).to(torch.uint8)
+        new = visits == 0
+        chains = self._sample(state.log_odds[slots] + prior, "sigmoid", slots, visits)
+        u = torch.sigmoid(chains.draws)
+        before = torch.where(new, 0.0, state.harmful[slots])
+        state.harmful[slots] = 1 - u.mean((0, 2))
+        edges = torch.quantile(1 - u.transpose(1, 2).flatten(0, 1), torch.tensor([0.05, 0.95]), dim=0)
+        state.low[slots], state.high[slots] = edges[0], edges[1]
+        state.judged += torch.tensor([float(new.sum()), float((state.harmful[slots] - before).double().sum())])
+        self._set_weights(state, slots, visits, u)
+        return {
+            "score_variance": calibration.variance,
+            "score_harmful_mean": calibration.harmful_mean,
+            "harmful_rows": float(state.judged[1]),
+            "rows_scored": float(state.judged[0]),
+            **chains.diagnostics,
+        }
 
-        # the pass over all rows does not know the batch: put its rows aside and bring them back with their own gradient
-        aside = [x[slots].clone() for x in (state.logits, state.mean, state.square)]
-        scratch = torch.empty(min(_CHUNK, state.logits.numel()))
-        for start in range(0, state.logits.numel(), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            dense = scratch[: state.logits[part].numel()]
-            if spread:
-                torch.sub(state.logits[part], float(state.log_total), out=dense)
-                dense.exp_().mul_(spread)
-                if state.counts.numel():
-                    dense.mul_(state.counts[part])
-            else:
-                dense.zero_()
-            self._adam(state, dense, state.logits[part], state.mean[part], state.square[part])
-        self._adam(state, gradient.float(), *aside)
-        for whole, rows in zip((state.logits, state.mean, state.square), aside, strict=True):
-            whole[slots] = rows
-        if self.transform == "softmax":
-            state.log_total = self._log_total(state, scratch)
-        return {}
-
-    def _batch_gradient(self, state: BDSState, slots: Tensor, loss: Tensor) -> tuple[Tensor, float]:
-        """Gradient of the step's slots, and the factor of pi that is the gradient of every other slot.
-
-        Args:
-            state: Before the update.
-            slots: int64 (distinct,), the distinct slots of the step.
-            loss: float64 (distinct,), ``(1/|U|) * sum of nll`` over the rows of U in each slot.
-        """
-        logits = state.logits[slots].double()
-        if self.transform == "sigmoid":
-            s = torch.sigmoid(logits)
-            return 2 * s * (1 - s) * loss, 0.0
-        if self.transform == "identity":
-            return loss * (logits > 0), 0.0
-        pi = torch.exp(logits - state.log_total)
-        total = float((pi * loss).sum())
+    def _set_weights(self, state: BDSState, slots: Tensor, visits: Tensor, u: Tensor) -> None:
+        if self._transform == "sigmoid":
+            state.weight[slots] = u.mean((0, 2)) / self._prior_mean
+            return
+        conflict = state.log_odds[slots].clamp(min=0)
+        draws = self._sample(conflict, self._transform, slots, visits).draws
+        if self._transform == "identity":
+            state.weight[slots] = draws.clamp(min=0).mean((0, 2)) / self._prior_mean
+            return
+        # the mean of dU/dz is 0 over the posterior: this form of the mean logit has no noise where there is no evidence
+        logits = -conflict * draws.exp().mean((0, 2)) / max(self._precision("softmax"), 1e-12)
         counts = state.counts[slots] if state.counts.numel() else 1
-        return state.rows * pi * (loss - counts * total), -state.rows * total
+        scale = float(state.log_total)
+        moved = (counts * (torch.exp(logits.double() - scale) - torch.exp(state.logits[slots].double() - scale))).sum()
+        state.logits[slots] = logits
+        state.log_total = torch.tensor(scale + math.log1p(max(float(moved), -1 + 1e-12)), dtype=torch.float64)
 
-    def _adam(self, state: BDSState, gradient: Tensor, logits: Tensor, mean: Tensor, square: Tensor) -> None:
-        """AdamW without decay on a part of the rows, in place; uses up ``gradient``."""
-        beta1, beta2 = self.betas
-        mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        # both bias corrections folded into two numbers, to save a pass
-        root = math.sqrt(1 - beta2**state.steps)
-        denominator = torch.sqrt(square, out=gradient).add_(self.eps * root)
-        logits.addcdiv_(mean, denominator, value=-self.learning_rate * root / (1 - beta1**state.steps))
+    def _share_log_odds(self, judged: Tensor) -> float:
+        """The harmful-share prior's log-odds for one row, given the rows judged so far."""
+        if self._prior != "harmful_share":
+            return 0.0
+        a = self.prior_rows * self.prior_share
+        b = self.prior_rows - a
+        rows, harmful = float(judged[0]), min(max(float(judged[1]), 0.0), float(judged[0]))
+        pair = torch.digamma(torch.tensor([a + harmful, b + rows - harmful], dtype=torch.float64))
+        return float(pair[0] - pair[1])
 
-    @staticmethod
-    def _log_total(state: BDSState, scratch: Tensor) -> Tensor:
-        shift, total = float(state.log_total) - math.log(max(state.rows, 1)), 0.0
-        for start in range(0, state.logits.numel(), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            values = torch.sub(state.logits[part], shift, out=scratch[: state.logits[part].numel()]).exp_()
-            if state.counts.numel():
-                values.mul_(state.counts[part])
-            total += float(values.sum())
-        # a stream without rows so far has nothing to sum
-        return torch.tensor(shift + math.log(total), dtype=torch.float64) if total else state.log_total
+    def _covariance(self, state: BDSState, step: Observation) -> dict[str, float]:
+        """Running covariance of every row's loss with the safety loss, by Welford's recursion."""
+        assert step.nll is not None
+        if step.safety_loss is None:
+            raise OptionError('BDS(evidence="covariance") needs a safety loss in every step: give safety_data')
+        slots, place = torch.unique(step.slots, return_inverse=True)
+        nll = torch.zeros(slots.numel()).index_add_(0, place, step.nll) / torch.bincount(place)
+        visits, loss, safe, together = state.moments[:, slots]
+        visits = visits + 1
+        before = nll - loss
+        loss, safe = loss + before / visits, safe + (step.safety_loss - safe) / visits
+        together = together + before * (step.safety_loss - safe)
+        state.moments[:, slots] = torch.stack([visits, loss, safe, together])
+        ready = visits >= 2
+        return self.learn(state, slots[ready], -(together / (visits - 1).clamp(min=1))[ready])
+
+    # the posterior of a logit -----------------------------------------------------------------------------------
+
+    def energy(self, z: Tensor, evidence: Tensor, transform: Transform) -> Tensor:
+        """``U(z)``, for any shapes that go together; weights here are not divided by their prior mean."""
+        rest = self._precision(transform) * (z - _MEAN[transform]).square() / 2
+        return evidence * _unscaled(z, transform) + rest
+
+    def gradient(self, z: Tensor, evidence: Tensor, transform: Transform) -> Tensor:
+        """``dU/dz``."""
+        slope = {
+            "sigmoid": lambda: torch.sigmoid(z) * torch.sigmoid(-z),
+            "softmax": lambda: torch.exp(z),
+            "identity": lambda: (z > 0).to(z.dtype),
+        }[transform]()
+        return evidence * slope + self._precision(transform) * (z - _MEAN[transform])
+
+    def _sample(self, evidence: Tensor, transform: Transform, slots: Tensor, visits: Tensor) -> _Chains:
+        evidence = evidence.float()
+        precision = self._precision(transform)
+        std = precision**-0.5 if precision else _STD[transform]
+        if transform == "sigmoid":
+            start, bend = (-evidence).clamp(-2 * std, 2 * std), 0.02 * evidence.abs()
+        elif transform == "softmax":
+            # where the prior's pull balances the evidence's push: E std**2 exp(z) = -z
+            start = -torch.log1p(evidence * std**2).clamp(max=3 * std)
+            bend = evidence * start.exp()
+        else:
+            start, bend = 1 - (std**2 * evidence).clamp(max=1.0), torch.zeros_like(evidence)
+        precondition = (1 / (std**-2 + bend))[:, None]
+        how = Langevin(
+            self.temperature, self.step_size, self.step_decay, self.burn_in, self.draws, self.thin, self.chains
+        )
+        gradient = lambda z: self.gradient(z, evidence[:, None], transform)  # noqa: E731
+        draws = sample(gradient, start, slots, visits, how, seed=self.seed, precondition=precondition)
+        if not self.temperature:
+            return _Chains(draws, {})
+        # fresh numbers: those of the visit have been used
+        xi = normal(self.seed + 1, slots, visits, 1, self.chains)[0]
+        energy = lambda z: self.energy(z, evidence[:, None], transform)  # noqa: E731
+        accepted = acceptance(energy, gradient, draws[-1], xi, how, precondition)
+        return _Chains(
+            draws,
+            {
+                "rhat": float(rhat(draws).median()),
+                "effective_draws": float(effective_draws(draws).median()),
+                "acceptance": float(accepted.mean()),
+            },
+        )
+
+    @functools.cached_property
+    def _prior_mean(self) -> float:
+        """The mean of w under the prior, by a sum over the logit: the weight that counts as 1."""
+        transform = self._transform
+        if not (precision := self._precision(transform)):
+            return float(_unscaled(torch.tensor(_MEAN[transform]), transform))
+        std = precision**-0.5
+        z = torch.linspace(-10, 10, 4001, dtype=torch.float64) * std + _MEAN[transform]
+        evidence = torch.tensor(self._share_log_odds(torch.zeros(2)), dtype=torch.float64)
+        density = torch.softmax(-self.energy(z, evidence, transform), 0)
+        return float((density * _unscaled(z, transform)).sum())
+
+
+@dataclass(frozen=True)
+class _Chains:
+    draws: Tensor
+    diagnostics: dict[str, float]
+
+
+def _unscaled(z: Tensor, transform: Transform) -> Tensor:
+    if transform == "sigmoid":
+        return torch.sigmoid(z)
+    return torch.exp(z) if transform == "softmax" else z.clamp(min=0)
+
+
+def _posterior_options(scheduler: BDS) -> dict[str, Any]:
+    shared = (*_RELEASED_ONLY, "compat", "transform", "name")
+    return {name: value for name, value in settings_of(scheduler).items() if name not in shared}
