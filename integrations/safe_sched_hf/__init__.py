@@ -1,5 +1,23 @@
 """safe-sched for HF Trainer and TRL: one callback added to an existing script."""
 
-from safe_sched_hf.callback import SafeSchedCallback
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safe_sched_hf.callback import SafeSchedCallback
 
 __all__ = ["SafeSchedCallback"]
+
+
+def __getattr__(name: str) -> Any:
+    # late: the entry point of this package is read where no trainer is installed, and by commands that need none
+    if name == "SafeSchedCallback":
+        from safe_sched_hf.callback import SafeSchedCallback
+
+        return SafeSchedCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -37,8 +38,14 @@ from transformers import Trainer
 from safe_sched.errors import DataError, ModelError
 from safe_sched.gate import scale_gradient, token_weights
 from safe_sched.identity import IGNORE_INDEX, Layout, layout_of
-from safe_sched.losses import nll_from_log_probs, nll_from_logits
+from safe_sched.losses import label_log_probs, nll_from_log_probs
+from safe_sched.probe import row_scores
 from safe_sched.session import Batch, Session
+from safe_sched.types import Evidential
+from safe_sched_hf.probe import Probe, adapter_active, lines_log_probs
+
+
+_PAST = 64  # micro-batches whose tokens are kept
 
 
 def calling_trainer(callback: object) -> tuple[Trainer, str | None]:
@@ -90,14 +97,18 @@ def batch_fields(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Layout]:
 class Attachment:
     """A session bound to one ``train()`` of one trainer. Use `attach` and `detach`."""
 
-    def __init__(self, trainer: Trainer, session: Session) -> None:
+    def __init__(self, trainer: Trainer, session: Session, probe: Probe | None = None) -> None:
         self.trainer = trainer
         self.session = session
+        self.probe = probe
         self._metrics: dict[str, list[float]] = {}
         self._state = trainer.state  # every train() makes a new one
         self._wrapped: list[str] = []
         self._queue: list[tuple[Batch, float]] = []
         self._seen: dict[str, Tensor] = {}
+        self._moved: tuple[Tensor, Tensor] | None = None
+        # micro-batches of the last steps, for a second look at rows that were measured in a time of noise
+        self._past: deque[tuple[dict[str, Any], Batch]] = deque(maxlen=_PAST)
 
     @property
     def active(self) -> bool:
@@ -155,11 +166,64 @@ class Attachment:
             )
         batch, mean_tokens = self._queue.pop(0)
         try:
+            self._moved = self._measure(batch, *args, **kwargs)
             with self._listening(batch, mean_tokens):
                 return original(*args, **kwargs)
         except BaseException:
             self.detach()  # nobody tells a callback that training has failed
             raise
+
+    def aim(self) -> None:
+        """Before an optimiser step, while gradients are empty: make ready to measure the rows that are due in it."""
+        if self.probe is not None:
+            due = any(bool(self._due(batch).any()) for batch, _ in [*self._queue, *((b, 0) for _, b in self._past)])
+            self.probe.aim(self.session.steps, due, [batch for batch, _ in self._queue])
+
+    def _due(self, batch: Batch) -> Tensor:
+        scheduler, due = self.session.scheduler, batch.slots >= 0
+        if not isinstance(scheduler, Evidential):
+            return torch.zeros_like(due)
+        due[due.clone()] = scheduler.due(self.session.state, batch.slots[due])
+        return due
+
+    def _measure(
+        self, batch: Batch, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        """Run what the evidence needs of a micro-batch before its training forward."""
+        session, trainer = self.session, self.trainer
+        reference = getattr(session.scheduler, "adapter", None)
+        if reference is not None:
+            lacking = session.lacking_reference(batch)
+            if bool(lacking.any()):
+                with adapter_active(model, reference):
+                    found = lines_log_probs(model, trainer, trainer._prepare_inputs(inputs), batch, lacking)
+                nll = nll_from_log_probs(found, batch.labels.to(found.device), batch.layout)
+                session.set_reference(batch, lacking, nll)
+        if self.probe is None:
+            return None
+        self._look_again(model)
+        due = self._due(batch)
+        if not bool(due.any()):
+            return None
+        if bool((due & (batch.slots >= 0)).any()):
+            self._past.append(({k: v.cpu() if isinstance(v, Tensor) else v for k, v in inputs.items()}, batch))
+        return due, self.probe(trainer._prepare_inputs(inputs), batch, due)
+
+    def _look_again(self, model: nn.Module) -> None:
+        """Measure the doubtful rows of one past micro-batch, both forwards now."""
+        session, scheduler = self.session, self.session.scheduler
+        assert self.probe is not None
+        assert isinstance(scheduler, Evidential)
+        for inputs, batch in self._past:
+            doubtful = batch.slots >= 0
+            doubtful[doubtful.clone()] = scheduler.doubtful(session.state, batch.slots[doubtful])
+            if bool(doubtful.any()):
+                inputs = self.trainer._prepare_inputs(inputs)
+                before = lines_log_probs(model, self.trainer, inputs, batch, doubtful)
+                after = self.probe(inputs, batch, doubtful)
+                scores = row_scores(before, after, batch.labels, batch.layout).cpu()
+                session.learn(batch.slots[doubtful], scores[doubtful])
+                return
 
     def _log(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
         if "loss" in logs:  # the record of training steps; not evaluation, not the closing summary
@@ -210,21 +274,19 @@ class Attachment:
         self, batch: Batch, mean_tokens: float, output: Any, seen: dict[str, Tensor], head: nn.Module | None
     ) -> None:
         session, labels, layout = self.session, batch.labels, batch.layout
-        needs_nll = session.scheduler.needs_nll
+        moved, self._moved = self._moved, None
+        needs_nll = session.scheduler.needs_nll or moved is not None
         get: Callable[[str], Any] = lambda name: output.get(name) if isinstance(output, Mapping) else None  # noqa: E731
-        log_probs, logits, nll = get("log_probs"), seen.get("logits", get("logits")), None
+        log_probs, logits, per_token = get("log_probs"), seen.get("logits", get("logits")), None
         if log_probs is not None and get("label_mask") is not None:
             gated, length = log_probs, labels.shape[1] - 1
-            if log_probs.shape == (
-                labels.shape[0],
-                length,
-            ):  # a few numbers: worth looking for losses that are not finite
-                nll = nll_from_log_probs(log_probs, labels, layout)
+            if log_probs.shape == (labels.shape[0], length):
+                per_token = log_probs.detach()  # a few numbers: worth looking for losses that are not finite
         elif logits is not None:
             gated, length = logits, labels.shape[1]
             if logits.shape[:2] == labels.shape:
                 if needs_nll:
-                    nll = nll_from_logits(logits, labels.to(logits.device), layout)
+                    per_token = label_log_probs(logits, labels.to(logits.device), layout)
                 if "hidden" in seen and head is not None and not _is_trained(head):
                     gated = seen["hidden"]
         elif "hidden" in seen and get("loss") is not None:
@@ -244,6 +306,11 @@ class Attachment:
             )
         if not gated.requires_grad:
             raise ModelError("the loss has no gradient: no parameter of the model is trainable")
+        nll = None if per_token is None else nll_from_log_probs(per_token, labels, layout)
+        if moved is not None and per_token is not None:
+            due, after = moved
+            scores = row_scores(per_token, after.to(per_token.device), labels, layout).cpu()
+            session.learn(batch.slots[due], scores[due])
         session.weigh(batch, nll, mean_tokens)
 
         def factors() -> Tensor:

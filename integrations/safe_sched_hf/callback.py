@@ -17,8 +17,9 @@ from safe_sched.errors import DataError, ModelError, NumericsError, OptionError,
 from safe_sched.schedulers import build
 from safe_sched.session import Normalizer, Session, require_normalizer
 from safe_sched.state import MANIFEST_FILE, STATE_FILE
-from safe_sched.types import Scheduler
+from safe_sched.types import Evidential, Scheduler
 from safe_sched_hf.attachment import Attachment, calling_trainer
+from safe_sched_hf.probe import Probe
 from safe_sched_hf.rows import first_rows, index_rows
 from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, safety_loss
 
@@ -87,6 +88,11 @@ class SafeSchedCallback(TrainerCallback):
         self.scheduler = build(scheduler)
         if not isinstance(self.scheduler, Scheduler):
             raise OptionError(f"{scheduler!r} is not a scheduler; use safe_sched.BDS, safe_sched.Fixed, or a name")
+        if safety_data is None and self._evidence() in ("probe", "covariance"):
+            raise OptionError(
+                f'{self.scheduler.name!r} with evidence="{self._evidence()}" learns from safety rows: give safety_data, for '
+                'example safety_data="core"'
+            )
         self.safety_data = safety_data
         self.safety_batch_size = safety_batch_size
         self.safety_weight = safety_weight
@@ -95,6 +101,9 @@ class SafeSchedCallback(TrainerCallback):
         self._session: Session | None = None
         self._safety: SafetySet | None = None
         self._attachment: Attachment | None = None
+
+    def _evidence(self) -> str | None:
+        return self.scheduler.evidence if isinstance(self.scheduler, Evidential) else None
 
     @property
     def session(self) -> Session:
@@ -137,7 +146,8 @@ class SafeSchedCallback(TrainerCallback):
         if state.global_step > 0:
             folder = resumed_from or f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             self._session.load(Path(folder) / STATE_FILE, steps=state.global_step)
-        self._attachment = Attachment(trainer, self._session)
+        probe = Probe(trainer, self._safety) if self._safety is not None and self._evidence() == "probe" else None
+        self._attachment = Attachment(trainer, self._session, probe)
         self._attachment.attach()
 
     def _read_safety(self, args: TrainingArguments, tokenizer: Any, sample: list[list[int]]) -> SafetySet | None:
@@ -170,6 +180,7 @@ class SafeSchedCallback(TrainerCallback):
         attachment = self._attachment
         if self._safety is None or attachment is None:
             return
+        attachment.aim()
         trainer = attachment.trainer
         batch = {k: v.to(args.device) for k, v in self._safety.batch(state.global_step).items()}
         model = trainer.model
@@ -183,7 +194,8 @@ class SafeSchedCallback(TrainerCallback):
                 "safety_weight, or train in bfloat16 or float32 instead of float16."
             )
         trainer.accelerator.backward(self.safety_weight * loss)
-        attachment.note({"safe_sched/safety_loss": float(loss.detach())})
+        self.session.safety_loss = float(loss.detach())
+        attachment.note({"safe_sched/safety_loss": self.session.safety_loss})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let the scheduler learn from the step."""

@@ -113,7 +113,7 @@ def safety_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         A scalar with gradient, in nats per token.
     """
     labels = batch["labels"][:, 1:]
-    if _has_fused_head(model):
+    if has_fused_head(model):
         per_token = -model(**batch, fused_lm_head=True).log_probs
     else:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -125,7 +125,8 @@ def safety_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return ((per_token * counted).sum(1) / counted.sum(1)).mean()
 
 
-def _has_fused_head(model: nn.Module) -> bool:
+def has_fused_head(model: nn.Module) -> bool:
+    """Whether TRL has given the model a head that computes log-probabilities without logits."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
     # accelerate keeps what it wrapped for mixed precision
     forward = vars(base).get("_original_forward") or vars(base).get("forward")

@@ -6,7 +6,7 @@ Every class is a `SafeSchedError`, so one ``except`` clause catches whatever sto
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SafeSchedError(Exception):
@@ -33,8 +33,26 @@ class NumericsError(SafeSchedError, RuntimeError):
     """A loss or a weight is not a finite number."""
 
 
+class UnscoredError(SafeSchedError, RuntimeError):
+    """Some rows of a data set could not be scored."""
+
+
+class PluginError(SafeSchedError, RuntimeError):
+    """A plugin is missing, cannot be loaded, or does not do what its hook says."""
+
+
 class StateError(SafeSchedError, RuntimeError):
     """A saved scheduler state is missing, damaged, or belongs to another run."""
+
+
+def some_of(rows: Sequence[int], at_most: int = 5) -> str:
+    """The first few of some row numbers, for a message.
+
+    Example:
+        >>> some_of([3, 4, 8], at_most=2)
+        '3, 4, ...'
+    """
+    return ", ".join(map(str, rows[:at_most])) + (", ..." if len(rows) > at_most else "")
 
 
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> OptionError:

@@ -56,8 +56,8 @@ def nll_from_log_probs(log_probs: Tensor, labels: Tensor, layout: Layout) -> Ten
 
 
 @torch.no_grad()
-def nll_from_logits(logits: Tensor, labels: Tensor, layout: Layout) -> Tensor:
-    """Mean loss of every row from the logits, one line of the batch at a time to bound the extra memory.
+def label_log_probs(logits: Tensor, labels: Tensor, layout: Layout) -> Tensor:
+    """Log-probability of every label token, one line of the batch at a time to bound the extra memory.
 
     Args:
         logits: (batch, sequence, vocabulary); entry t predicts token t + 1.
@@ -65,7 +65,7 @@ def nll_from_logits(logits: Tensor, labels: Tensor, layout: Layout) -> Tensor:
         layout: Where the rows lie.
 
     Returns:
-        float32 (rows,), nats per token.
+        float32 (batch, sequence - 1), entry t belongs to label t + 1; 0 where that is none.
     """
     counted = label_positions(labels, layout)
     log_probs = torch.zeros(labels.shape[0], labels.shape[1] - 1, dtype=torch.float32, device=logits.device)
@@ -74,4 +74,13 @@ def nll_from_logits(logits: Tensor, labels: Tensor, layout: Layout) -> Tensor:
         log_probs[line, at] = -torch.nn.functional.cross_entropy(
             logits[line, at].float(), labels[line, at + 1].long(), reduction="none"
         )
-    return nll_from_log_probs(log_probs, labels, layout)
+    return log_probs
+
+
+def nll_from_logits(logits: Tensor, labels: Tensor, layout: Layout) -> Tensor:
+    """Mean loss of every row from the logits; see `label_log_probs`.
+
+    Returns:
+        float32 (rows,), nats per token.
+    """
+    return nll_from_log_probs(label_log_probs(logits, labels, layout), labels, layout)

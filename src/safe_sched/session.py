@@ -224,6 +224,23 @@ class Session:
             )
         self._learned |= self.scheduler.learn(self.state, slots, scores)
 
+    def lacking_reference(self, batch: Batch) -> Tensor:
+        """Which rows of a micro-batch have no reference loss yet: bool (rows,)."""
+        reference = getattr(self.state, "reference", torch.empty(0))
+        if not reference.numel():
+            return torch.zeros_like(batch.slots, dtype=torch.bool)
+        return (batch.slots >= 0) & torch.isnan(reference[batch.slots.clamp(min=0)])
+
+    def set_reference(self, batch: Batch, rows: Tensor, nll: Tensor) -> None:
+        """Keep the reference losses of some rows of a micro-batch.
+
+        Args:
+            batch: From `begin_step`.
+            rows: bool (rows,).
+            nll: float (rows,), nats per token.
+        """
+        getattr(self.state, "reference")[batch.slots[rows]] = nll.cpu().float()[rows]  # noqa: B009
+
     def mark_gated(self, batch: Batch) -> None:
         """Note that the gradients of a micro-batch came through the gate."""
         batch.gated = True

@@ -147,6 +147,10 @@ class Evidential(Protocol):
         """Which rows should be measured now: bool (rows,)."""
         ...
 
+    def doubtful(self, state: Any, slots: Tensor) -> Tensor:
+        """Which rows were scored in a time of noise and should be measured again before they come by: bool (rows,)."""
+        ...
+
     def learn(self, state: Any, slots: Tensor, scores: Tensor) -> dict[str, float]:
         """Learn from scores, float (rows,), in place; returns numbers to log."""
         ...

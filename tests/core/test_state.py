@@ -214,7 +214,12 @@ def test_a_session_goes_on_from_its_own_state(tmp_path):
         ({"rows": ROWS[:2]}, "data", "-3'", "-2'"),
         ({"rows": [*ROWS, ROWS[0]]}, "data", "-3'", "-4'"),
         ({"rows": None}, "data", "-3'", "'stream'"),
-        ({"scheduler": BDS(compat="released", learning_rate=0.1)}, "scheduler", "'learning_rate': 0.005", "'learning_rate': 0.1"),
+        (
+            {"scheduler": BDS(compat="released", learning_rate=0.1)},
+            "scheduler",
+            "'learning_rate': 0.005",
+            "'learning_rate': 0.1",
+        ),
         ({"scheduler": BDS(compat="released", betas=(0.9, 0.99))}, "scheduler", "[0.9, 0.95]", "[0.9, 0.99]"),
         ({"scheduler": BDS(compat="released", transform="sigmoid")}, "scheduler", "'softmax'", "'sigmoid'"),
         ({"scheduler": Fixed()}, "scheduler", "'bds'", "'fixed'"),

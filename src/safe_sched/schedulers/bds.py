@@ -67,6 +67,7 @@ Prior = Literal["harmful_share", "gaussian", "flat"]
 RESOLVED = 3.0
 """Log-odds, 20 to 1, beyond which a row is not measured again."""
 
+_PASSED = 4.0  # a time was noisy if its scores varied so much more than they do now
 _STD = {"sigmoid": 4.0, "softmax": 1.0, "identity": 0.5}
 _MEAN = {"sigmoid": 0.0, "softmax": 0.0, "identity": 1.0}
 _RELEASED_ONLY = ("learning_rate", "betas", "eps", "initial_logit")
@@ -83,6 +84,7 @@ class BDSState(State):
         harmful: float32 (slots,), posterior probability of being harmful.
         low, high: float32 (slots,), its 5 % and 95 % quantiles.
         scored: uint8 (slots,), scores so far, 255 for more.
+        noise: float32 (slots,), variance of the scores at the time of a row's last one.
         calibration: float64 (4,), see `safe_sched.evidence.Calibration`.
         judged: float64 (2,), rows with a score, and the sum of their probabilities.
         counts: int32 (slots,), rows that share a slot; (0,) where every row has its own.
@@ -99,6 +101,7 @@ class BDSState(State):
     low: Tensor
     high: Tensor
     scored: Tensor
+    noise: Tensor
     calibration: Tensor
     judged: Tensor
     counts: Tensor
@@ -178,9 +181,11 @@ class BDS:
                 f'BDS: {", ".join(given)} belongs to the released rule; add compat="released" or leave it out'
             )
         if self.compat == "released":
-            mine = [n for n, value in _posterior_options(self).items() if value != _posterior_options(BDS())[n]]
+            default = _posterior_options(BDS()) | ({"evidence": None} if self.evidence is None else {})
+            mine = [name for name, value in _posterior_options(self).items() if value != default[name]]
             if mine:
                 raise OptionError(f'BDS(compat="released"): the released rule has no {", ".join(mine)}; leave it out')
+            object.__setattr__(self, "evidence", None)  # what integrations ask
             return
         if self.prior == "harmful_share" and self._transform != "sigmoid":
             raise OptionError(
@@ -226,6 +231,12 @@ class BDS:
         """Whether it reads the rows' losses."""
         return self._released is not None or self.evidence in ("reference", "covariance")
 
+    @property
+    def adapter(self) -> str | None:
+        """The PEFT adapter whose losses are the reference, where that is one."""
+        kind, _, name = (self.reference or "").partition(":")
+        return name if kind == "adapter" else None
+
     def settings(self) -> dict[str, object]:
         """The options as plain JSON values."""
         if self._released is not None:
@@ -245,7 +256,7 @@ class BDS:
             return self._released.init(index)
         n, counts = index.slots, index.counts
         start = _MEAN[self._transform]
-        from_file = self.evidence == "reference" and not str(self.reference).startswith("adapter:")
+        from_file = self.evidence == "reference" and self.adapter is None
         share = float(torch.sigmoid(torch.tensor(self._share_log_odds(torch.zeros(2)))))
         return BDSState(
             log_odds=torch.zeros(n),
@@ -255,6 +266,7 @@ class BDS:
             low=torch.zeros(n),
             high=torch.ones(n),
             scored=torch.zeros(n, dtype=torch.uint8),
+            noise=torch.zeros(n),
             calibration=Calibration.fresh(),
             judged=torch.zeros(2, dtype=torch.float64),
             counts=torch.empty(0, dtype=torch.int32) if counts is None else counts.to(torch.int32),
@@ -275,7 +287,7 @@ class BDS:
         old = state.log_odds.numel()
         grown = {
             name: torch.cat([getattr(state, name), getattr(fresh, name)[..., old:]], dim=-1)
-            for name in ("log_odds", "logits", "weight", "harmful", "low", "high", "scored", "reference", "moments")
+            for name in ("log_odds", "logits", "weight", "harmful", "low", "high", "scored", "noise", "reference", "moments")
         }
         added = torch.tensor(math.log(max(index.slots - old, 1)) + _MEAN[self._transform], dtype=torch.float64)
         total = torch.logaddexp(state.log_total, added) if old else added
@@ -316,9 +328,20 @@ class BDS:
         """Which rows are still open: bool (rows,)."""
         if self.evidence != "probe" or self._released is not None:
             return torch.zeros(slots.numel(), dtype=torch.bool)
-        scored = state.scored[slots]
-        open_ = (state.log_odds[slots] + self._share_log_odds(state.judged)).abs() < RESOLVED
-        return (scored == 0) | (open_ & (scored < self.max_probes))
+        unsure = self._total(state, slots).abs() < RESOLVED
+        return (state.scored[slots] == 0) | (unsure & (state.scored[slots] < self.max_probes)) | self.doubtful(state, slots)
+
+    def doubtful(self, state: Any, slots: Tensor) -> Tensor:
+        """Which rows were thought harmful, or nothing, in a time of much noise that has passed: bool (rows,).
+
+        A few of the first scores of a run are wrong: where the task is new to the model, it is about to refuse harmless
+        rows too. They are worth a second look in the same epoch.
+        """
+        passed = state.noise[slots] > _PASSED * Calibration(state.calibration).noise
+        return passed & (self._total(state, slots) > -RESOLVED) & (state.scored[slots] < self.max_probes)
+
+    def _total(self, state: BDSState, slots: Tensor) -> Tensor:
+        return state.log_odds[slots] + self._share_log_odds(state.judged)
 
     def update(self, state: Any, step: Observation) -> dict[str, float]:
         """See `safe_sched.types.Scheduler.update`: scores that need no probe."""
@@ -352,6 +375,7 @@ class BDS:
         score = torch.zeros(slots.numel(), dtype=torch.float64).index_add_(0, place, scores.double()) / each
         calibration, prior = Calibration(state.calibration), self._share_log_odds(state.judged)
         state.log_odds[slots] += calibration.fit(score).float()
+        state.noise[slots] = calibration.noise
         visits = state.scored[slots].long()
         state.scored[slots] = (visits + 1).clamp(max=255).to(torch.uint8)
         new = visits == 0

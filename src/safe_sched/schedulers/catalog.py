@@ -15,8 +15,11 @@ CATALOG: dict[str, type] = {cls.name: cls for cls in (BDS, Fixed)}
 def build(scheduler: Scheduler[Any] | str, **options: Any) -> Scheduler[Any]:
     """A scheduler from its name and options; a scheduler that is built already is given back.
 
+    A name that is not built in is looked for among the installed plugins (`safe_sched.hooks`).
+
     Raises:
         OptionError: The name or an option is unknown.
+        PluginError: The name is not built in, and a plugin cannot be loaded.
 
     Example:
         >>> build("bds", learning_rate=0.01).settings()["learning_rate"]
@@ -24,6 +27,12 @@ def build(scheduler: Scheduler[Any] | str, **options: Any) -> Scheduler[Any]:
     """
     if not isinstance(scheduler, str):
         return scheduler
-    if scheduler not in CATALOG:
-        raise unknown_name("scheduler", scheduler, CATALOG)
-    return CATALOG[scheduler](**options)
+    known = CATALOG
+    if scheduler not in known:
+        # here, so that importing the core loads neither pluggy nor any plugin
+        from safe_sched.hooks import third_party_schedulers
+
+        known = third_party_schedulers() | CATALOG
+    if scheduler not in known:
+        raise unknown_name("scheduler", scheduler, known)
+    return known[scheduler](**options)

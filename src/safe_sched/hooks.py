@@ -1,0 +1,221 @@
+"""What other packages can add: hooks of pluggy's size, found through the entry point group ``safe_sched``.
+
+A plugin is a module, or any object, with functions that are named like the specifications below and marked with
+`hookimpl`. It names as arguments what it uses, and nothing else::
+
+    # my_package/plugin.py
+    from safe_sched.hooks import hookimpl
+
+    @hookimpl
+    def safe_sched_schedulers():
+        from my_package.scheduler import Mine     # inside: a plugin is loaded when a name is looked up
+        return {"mine": Mine}
+
+    # my_package's pyproject.toml
+    [project.entry-points.safe_sched]
+    my_package = "my_package.plugin"
+
+After ``pip install my_package``, ``SafeSchedCallback("mine")`` finds it. A plugin that cannot be loaded, or that
+implements a hook which does not exist, is an error that names it: a misspelt hook would otherwise do nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import pluggy
+import torch
+from torch import Tensor
+
+from safe_sched.errors import OptionError, PluginError, UnscoredError, some_of
+
+PROJECT = "safe_sched"
+"""The name of the entry point group."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a function of a plugin as the implementation of the hook that it is named after."""
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _silent(stage: str, done: int, total: int | None) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class RowLossesRequest:
+    """What `safe_sched_row_losses` is asked for.
+
+    Attributes:
+        model: A folder or a hub name.
+        rows: The training rows, in a schema of TRL's SFTTrainer.
+        adapter: A folder with a PEFT adapter of the model, or None.
+        max_length: Tokens that a row is cut to, >= 2, or None to keep rows whole.
+        assistant_only_loss: Whether only the assistant's turns are labels.
+        completion_only_loss: Whether only completions are labels; None: where there are prompts and completions.
+        chat_template: A template to use in the place of the tokenizer's own, or None.
+        batch_size: Rows of a forward, >= 1.
+        device: ``"auto"`` is a GPU where there is one.
+        dtype: Of the parameters; ``"auto"`` is that of the files.
+        progress: Called with what is being done, how much of it is done, and of how much, or None where that is unknown.
+
+    Raises:
+        OptionError: A value is out of range.
+    """
+
+    model: str
+    rows: Sequence[Mapping[str, Any]]
+    adapter: str | None = None
+    max_length: int | None = 1024
+    assistant_only_loss: bool = False
+    completion_only_loss: bool | None = None
+    chat_template: str | None = None
+    batch_size: int = 8
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    progress: Callable[[str, int, int | None], None] = _silent
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise OptionError(f"max_length={self.max_length}; allowed: a whole number >= 2, or None to keep rows whole")
+        if self.batch_size < 1:
+            raise OptionError(f"batch_size={self.batch_size}; allowed: a whole number >= 1")
+        for name, kind in (("device", Device), ("dtype", Dtype)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise OptionError(f"{name}={value!r}; allowed: {', '.join(map(repr, get_args(kind)))}")
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """One entry per row, in the order of the request.
+
+    Attributes:
+        keys: int64 (rows,), see `safe_sched.identity`; of no meaning where ``label_tokens`` is 0.
+        nll: float32 (rows,), mean loss of the row's label tokens in nats per token.
+        label_tokens: int64 (rows,), 0 for a row that training would leave out.
+    """
+
+    keys: Tensor
+    nll: Tensor
+    label_tokens: Tensor
+
+    def require_complete(self) -> None:
+        """Stop unless every row has a loss.
+
+        Raises:
+            UnscoredError: Naming the rows without a label token, or those whose loss is not finite.
+
+        Example:
+            >>> import torch
+            >>> one = torch.ones(2, dtype=torch.long)
+            >>> RowLosses(one, torch.tensor([1.5, float("nan")]), one).require_complete()
+            Traceback (most recent call last):
+            ...
+            safe_sched.errors.UnscoredError: the loss of 1 of 2 rows is not finite (rows 1, counted from 0). ...
+        """
+        count = self.keys.numel()
+        empty = (self.label_tokens == 0).nonzero().flatten().tolist()
+        if empty:
+            raise UnscoredError(
+                f"{len(empty)} of {count} rows have no label token, so there is no loss to measure (rows "
+                f"{some_of(empty)}, counted from 0). Their answers are empty, masked or cut off by max_length: remove "
+                "these rows or raise max_length."
+            )
+        bad = (~torch.isfinite(self.nll)).nonzero().flatten().tolist()
+        if bad:
+            raise UnscoredError(
+                f"the loss of {len(bad)} of {count} rows is not finite (rows {some_of(bad)}, counted from 0). Use "
+                "bfloat16 or float32 instead of float16, or another model; or look at these rows."
+            )
+
+
+# the hooks ------------------------------------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def safe_sched_row_losses(request: RowLossesRequest) -> RowLosses | None:  # pyright: ignore[reportReturnType]
+    """The loss of every row under a model, without gradient, for ``safe-sched losses``.
+
+    Keys must be those that training computes, so rows must be prepared as the trainer prepares them. The first
+    answer that is not None counts: return None where what is needed is not installed.
+
+    Raises:
+        SafeSchedError: Whatever is wrong with the model or the rows.
+    """
+
+
+@hookspec
+def safe_sched_schedulers() -> Mapping[str, type]:  # pyright: ignore[reportReturnType]
+    """Schedulers by name, for `safe_sched.schedulers.catalog.build`.
+
+    Each is a class whose arguments are its options, and whose instances are a `safe_sched.types.Scheduler`. A name that is
+    built in stays what it is.
+    """
+
+
+# calling them ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def manager() -> pluggy.PluginManager:
+    """The plugins that are installed, loaded at the first call.
+
+    Raises:
+        PluginError: One cannot be loaded, or implements an unknown hook.
+    """
+    plugins = pluggy.PluginManager(PROJECT)
+    plugins.add_hookspecs(__import__(__name__, fromlist=["*"]))
+    for point in importlib.metadata.entry_points(group=PROJECT):
+        try:
+            plugins.register(point.load(), name=point.name)
+            plugins.check_pending()
+        except Exception as error:  # whatever a foreign module raises while it is imported
+            raise PluginError(
+                f"the plugin {point.name!r} ({point.value}) cannot be used: {type(error).__name__}: {error}. Update or "
+                "uninstall the package that brings it."
+            ) from error
+    return plugins
+
+
+def row_losses(request: RowLossesRequest) -> RowLosses:
+    """The loss of every row, from the first plugin that can measure it.
+
+    Raises:
+        PluginError: There is none, or its answer has another number of rows.
+        SafeSchedError: Whatever is wrong with the model or the rows.
+    """
+    found = manager().hook.safe_sched_row_losses(request=request)
+    if found is None:
+        raise PluginError(
+            "nothing that is installed can run a model over training rows. Install what it takes: "
+            "pip install 'safe-sched[trl]'"
+        )
+    if {tensor.shape for tensor in (found.keys, found.nll, found.label_tokens)} != {(len(request.rows),)}:
+        raise PluginError(
+            f"a plugin gave {tuple(found.nll.shape)} losses for {len(request.rows)} rows; needed: one per row, in order. "
+            "Update or uninstall the package that brings it."
+        )
+    return found
+
+
+def third_party_schedulers() -> dict[str, type]:
+    """The schedulers of all plugins, by name.
+
+    Raises:
+        PluginError: Two plugins give one name to different schedulers.
+    """
+    found: dict[str, type] = {}
+    for schedulers in manager().hook.safe_sched_schedulers():
+        for name, kind in schedulers.items():
+            if found.setdefault(name, kind) is not kind:
+                raise PluginError(
+                    f"two plugins bring a scheduler {name!r}: {found[name].__module__} and {kind.__module__}. Uninstall "
+                    "one of them, or give the scheduler itself in the place of its name."
+                )
+    return found
