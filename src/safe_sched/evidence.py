@@ -8,8 +8,8 @@ difference is the *score* of a row: positive where staying safe makes the row ha
 ``covariance``  minus the covariance of the row's loss and the safety loss over the steps of a noisy run
 
 Scores have no natural scale, and early in a run they may be noise. `Calibration` turns them into log-odds: a mixture
-of two Gaussians with one variance, harmless rows at 0 and harmful ones at ``m`` (near 1 for the probe), fitted while the
-run goes on::
+of two Gaussians with one variance, harmless rows at 0 and harmful ones at ``m`` (near 1 for the probe), fitted while
+the run goes on::
 
     log p(x | harmful) / p(x | harmless)  =  (x - m/2) m / variance,     held within +-LIMIT
 
@@ -33,8 +33,8 @@ _LOWEST_MEAN, _HIGHEST_MEAN = 0.4, 8.0
 class Calibration:
     """The fitted mixture: sums over past scores, in a tensor that belongs to a scheduler's state.
 
-    The four sums are the number of scores near m, their sum, the squared distances of all scores to the nearer mean, and
-    the number of scores; they fade with a memory of some 64 scores.
+    The four sums are the number of scores near m, their sum, the squared distances of all scores to the nearer mean,
+    and the number of scores; they fade with a memory of some 64 scores.
 
     Example:
         Scores that separate make a later score say more.

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -63,7 +64,7 @@ class RowLossesRequest:
         batch_size: Rows of a forward, >= 1.
         device: ``"auto"`` is a GPU where there is one.
         dtype: Of the parameters; ``"auto"`` is that of the files.
-        progress: Called with what is being done, how much of it is done, and of how much, or None where that is unknown.
+        progress: Called with what is being done, how much of it is done, and of how much (None: unknown).
 
     Raises:
         OptionError: A value is out of range.
@@ -154,8 +155,8 @@ def safe_sched_row_losses(request: RowLossesRequest) -> RowLosses | None:  # pyr
 def safe_sched_schedulers() -> Mapping[str, type]:  # pyright: ignore[reportReturnType]
     """Schedulers by name, for `safe_sched.schedulers.catalog.build`.
 
-    Each is a class whose arguments are its options, and whose instances are a `safe_sched.types.Scheduler`. A name that is
-    built in stays what it is.
+    Each is a class whose arguments are its options, and whose instances are a `safe_sched.types.Scheduler`. A name
+    that is built in stays what it is.
     """
 
 
@@ -170,14 +171,15 @@ def manager() -> pluggy.PluginManager:
         PluginError: One cannot be loaded, or implements an unknown hook.
     """
     plugins = pluggy.PluginManager(PROJECT)
-    plugins.add_hookspecs(__import__(__name__, fromlist=["*"]))
+    plugins.add_hookspecs(sys.modules[__name__])
     for point in importlib.metadata.entry_points(group=PROJECT):
         try:
             plugins.register(point.load(), name=point.name)
             plugins.check_pending()
         except Exception as error:  # whatever a foreign module raises while it is imported
+            reason = " ".join(str(error).split())
             raise PluginError(
-                f"the plugin {point.name!r} ({point.value}) cannot be used: {type(error).__name__}: {error}. Update or "
+                f"the plugin {point.name!r} ({point.value}) cannot be used: {type(error).__name__}: {reason}. Update or "
                 "uninstall the package that brings it."
             ) from error
     return plugins
@@ -198,8 +200,8 @@ def row_losses(request: RowLossesRequest) -> RowLosses:
         )
     if {tensor.shape for tensor in (found.keys, found.nll, found.label_tokens)} != {(len(request.rows),)}:
         raise PluginError(
-            f"a plugin gave {tuple(found.nll.shape)} losses for {len(request.rows)} rows; needed: one per row, in order. "
-            "Update or uninstall the package that brings it."
+            f"a plugin gave {tuple(found.nll.shape)} losses for {len(request.rows)} rows; needed: one per row, in "
+            "order. Update or uninstall the package that brings it."
         )
     return found
 
@@ -215,7 +217,7 @@ def third_party_schedulers() -> dict[str, type]:
         for name, kind in schedulers.items():
             if found.setdefault(name, kind) is not kind:
                 raise PluginError(
-                    f"two plugins bring a scheduler {name!r}: {found[name].__module__} and {kind.__module__}. Uninstall "
-                    "one of them, or give the scheduler itself in the place of its name."
+                    f"two plugins bring a scheduler {name!r}: {found[name].__module__} and {kind.__module__}. "
+                    "Uninstall one of them, or give the scheduler itself in the place of its name."
                 )
     return found

@@ -5,8 +5,8 @@ For an energy ``U(z) = -log p(z)`` up to a constant, a fixed positive preconditi
     z  <-  z - eps_k G dU/dz + sqrt(2 eps_k G T) xi,     xi ~ N(0, 1),     eps_k = step_size * (1 + k)**-decay
 
 For small steps the draws after ``burn_in`` have the density ``exp(-U / T)``; T = 0 is gradient descent to its
-maximum. Every number ``xi`` is a function of (seed, coordinate, visit, draw, chain) and of nothing else, so chains do not
-depend on the order in which coordinates are visited, nor on how they are spread over processes.
+maximum. Every number ``xi`` is a function of (seed, coordinate, visit, draw, chain) and of nothing else, so chains do
+not depend on the order in which coordinates are visited, nor on how they are spread over processes.
 
 Cost: ``burn_in + draws * thin`` gradients of the coordinates given, all chains at once.
 """
@@ -77,8 +77,8 @@ def normal(seed: int, coordinates: Tensor, visits: Tensor, draws: int, chains: i
     word = mix64(mix64(word[:, None] + draw) + _STRIDE * chain)
     # Box and Muller on the two halves; + 0.5 keeps the logarithm finite
     high, low = (word >> 32) & 0xFFFFFFFF, word & 0xFFFFFFFF
-    radius = torch.sqrt(-2 * torch.log((high.double() + 0.5) / 2**32))
-    return (radius * torch.cos((2 * math.pi / 2**32) * low.double())).float()
+    radius = torch.sqrt(-2 * torch.log((high.float() + 0.5) / 2**32))
+    return radius * torch.cos(low.float() * (2 * math.pi / 2**32))
 
 
 def step(
@@ -126,10 +126,15 @@ def sample(
     z = start[:, None].expand(-1, settings.chains).clone()
     kept = []
     steps = settings.burn_in + settings.draws * settings.thin
-    noise = normal(seed, coordinates, visits, steps, settings.chains) if settings.temperature else z.new_zeros(steps, 1)
-    for k in range(steps):
-        size = settings.step_size * (1 + k) ** -settings.decay
-        z = step(z, gradient(z), precondition, size, settings.temperature, noise[k])
+    # `step`, with all that does not depend on z done at once for all steps
+    sizes = settings.step_size * torch.arange(1, steps + 1).float().pow(-settings.decay)
+    scaled = sizes[:, None, None] * torch.as_tensor(precondition)
+    noise = torch.zeros(steps)
+    if settings.temperature:
+        noise = normal(seed, coordinates, visits, steps, settings.chains)
+        noise = noise.mul_(torch.sqrt(2 * settings.temperature * scaled))
+    for k, (drift, kick) in enumerate(zip(scaled.unbind(), noise.unbind(), strict=True)):
+        z = torch.addcmul(z + kick, drift, gradient(z), value=-1)
         since = k - settings.burn_in
         if since >= 0 and (since + 1) % settings.thin == 0:
             kept.append(z)
@@ -156,7 +161,8 @@ def rhat(draws: Tensor) -> Tensor:
 def effective_draws(draws: Tensor) -> Tensor:
     """How many independent draws the chains are worth, from the spread of their halves' means: (n,), at most all.
 
-    The estimate ``draws * var / (length * var of the means)`` is rough with few chains; it is meant for averages over rows.
+    The estimate ``draws * var / (length * var of the means)`` is rough with few chains; it is meant for averages over
+    rows.
 
     Args:
         draws: (draws, n, chains), at least 4 draws.
@@ -172,7 +178,8 @@ def _variances(draws: Tensor) -> tuple[Tensor, Tensor, int]:
     """Within and between the half chains: the mean variance of a half, and the variance of their means."""
     length = draws.shape[0] // 2
     halves = torch.cat([draws[:length], draws[length : 2 * length]], dim=2).double()
-    return halves.var(0).mean(1), halves.mean(0).var(1), length
+    means = halves.mean(0)
+    return (halves - means).square().sum(0).mean(1) / (length - 1), means.var(1), length
 
 
 def acceptance(

@@ -1,7 +1,7 @@
 """Losses of a reference model: one Parquet file, tied to rows by their keys.
 
-Columns: ``key`` uint64, the row's content (`safe_sched.identity`); ``nll`` float32, the mean loss of its label tokens in
-nats per token; ``label_tokens`` int32. Written by ``safe-sched losses`` and read by ``BDS(evidence="reference")``.
+Columns: ``key`` uint64, the row's content (`safe_sched.identity`); ``nll`` float32, the mean loss of its label tokens
+in nats per token; ``label_tokens`` int32. Written by ``safe-sched losses`` and read by ``BDS(evidence="reference")``.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def load_reference(path: Path, index: RowIndex) -> Tensor:
     missing = int((keys[at] != index.keys).sum()) if keys.numel() else index.slots
     if missing:
         raise DataError(
-            f"{path} has no loss for {missing} of {index.slots} distinct training rows: it belongs to another data set, "
-            "tokenizer or chat template. Write it again: safe-sched losses MODEL DATA"
+            f"{path} has no loss for {missing} of {index.slots} distinct training rows: it belongs to another data "
+            "set, tokenizer or chat template. Write it again: safe-sched losses MODEL DATA"
         )
     bad = (~torch.isfinite(losses[at])).nonzero().flatten()
     if bad.numel():

@@ -352,7 +352,8 @@ class Session:
             fresh["keys"] = self.index.keys
         wrong = fresh.keys() ^ tensors.keys()
         if not self.index.streaming and not wrong:
-            wrong = {name for name, value in fresh.items() if tensors[name].shape != value.shape}
+            later = {f"state.{name}" for name in self.scheduler.state_type.sized_later}
+            wrong = {name for name, value in fresh.items() if tensors[name].shape != value.shape and name not in later}
         if wrong:
             raise StateError(
                 f"{path} does not hold what this scheduler saves: {', '.join(sorted(wrong))} missing, unknown or of "

@@ -73,6 +73,9 @@ class State:
     Declared fields are all there is to save, so a resume needs no code in the scheduler.
     """
 
+    sized_later: ClassVar[frozenset[str]] = frozenset()
+    """Fields whose sizes are only known once training has begun, such as the width of features."""
+
     def tensors(self) -> dict[str, Tensor]:
         """The fields as named tensors; integers become 0-dimensional int64 tensors."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -3,5 +3,6 @@
 from safe_sched.schedulers.bds import BDS
 from safe_sched.schedulers.catalog import CATALOG, build
 from safe_sched.schedulers.fixed import Fixed
+from safe_sched.schedulers.neural import NeuralBDS
 
-__all__ = ["BDS", "CATALOG", "Fixed", "build"]
+__all__ = ["BDS", "CATALOG", "Fixed", "NeuralBDS", "build"]

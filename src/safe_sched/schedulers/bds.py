@@ -5,8 +5,8 @@ The joint posterior of model and row logits z is::
     p(theta, z | D_ft, D_safe)  ~  p(D_safe | theta) * p(D_ft | theta, z) / p(D_ft | z) * p(theta) p(z)
 
 For one row, with the model held, the middle factors leave ``exp(-E_i w(z_i))``. The evidence ``E_i`` is the difference
-between the loss under the safety-aware model and under one that does not care, on a scale on which it is the log-odds of
-the row being harmful (`safe_sched.evidence`); scores of one row add up. So the energy of a row's logit is::
+between the loss under the safety-aware model and under one that does not care, on a scale on which it is the log-odds
+of the row being harmful (`safe_sched.evidence`); scores of one row add up. So the energy of a row's logit is::
 
     U(z_i) = E_i w(z_i) - log p(z_i)
 
@@ -15,17 +15,17 @@ the row being harmful (`safe_sched.evidence`); scores of one row add up. So the 
          = max(z, 0) / its prior mean       "identity"
 
 and it is sampled by preconditioned SGLD (`safe_sched.posterior`) whenever a row's evidence has changed; the row's
-weight is the posterior mean of w, its probability of being harmful that of ``1 - sigmoid(z)``. Weight 1 is what a row has
-before anything is known of it. The paper's released code drops the evidence; see `safe_sched.schedulers.released`.
+weight is the posterior mean of w, its probability of being harmful that of ``1 - sigmoid(z)``. Weight 1 is what a row
+has before anything is known of it. The paper's released code drops the evidence; see `safe_sched.schedulers.released`.
 
 **Priors.** *Gaussian on the logits*: ``-log p(z) = (z - mean)**2 / (2 std**2)``; it pulls towards the weight that every
 row starts with. *Harmful share*: each row is harmful with a share q, ``q ~ Beta(a, b)`` with ``a + b = prior_rows``
 and mean ``prior_share``. Integrating q out, with H the sum of the M judged rows' harmful probabilities, gives
 ``Beta(a + H, b + M - H) / Beta(a, b)``, whose derivative by one row's ``1 - sigmoid(z)`` is ``digamma(a + H) -
-digamma(b + M - H)``: close to the log-odds of the share found so far. It is added to every row's evidence, so one row in
-ten thousand needs more evidence than one in two. The released prior has the wrong sign, and under softmax a share prior is
-constant: it is refused there. With softmax and identity, which nothing bounds above, only ``max(E, 0)`` enters: without
-that the posterior of softmax puts all mass on the most harmless row.
+digamma(b + M - H)``: close to the log-odds of the share found so far. It is added to every row's evidence, so one row
+in ten thousand needs more evidence than one in two. The released prior has the wrong sign, and under softmax a share
+prior is constant: it is refused there. With softmax and identity, which nothing bounds above, only ``max(E, 0)``
+enters: without that the posterior of softmax puts all mass on the most harmless row.
 
 ============  ==========================  ==================
 symbol        name here                   unit
@@ -37,7 +37,7 @@ x             score                       1, see `safe_sched.evidence`
 ============  ==========================  ==================
 
 Cost: nothing for a step without new scores; otherwise ``burn_in + draws`` updates of the rows that were scored, all at
-once. 21 bytes per row; no pass over all rows, and no pass of the model but the probe's, see `docs/methods/bds.md`.
+once. 33 bytes per row; no pass over all rows, and no pass of the model but the probe's, see `docs/methods/bds.md`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ Prior = Literal["harmful_share", "gaussian", "flat"]
 RESOLVED = 3.0
 """Log-odds, 20 to 1, beyond which a row is not measured again."""
 
-_PASSED = 4.0  # a time was noisy if its scores varied so much more than they do now
+_MOVED = 0.1  # nats by which a row's log-odds may change before it is sampled again
+EARLY = 12
+"""Optimiser steps in which scores are doubtful: a task that is new to the model may look like something to refuse."""
+
 _STD = {"sigmoid": 4.0, "softmax": 1.0, "identity": 0.5}
 _MEAN = {"sigmoid": 0.0, "softmax": 0.0, "identity": 1.0}
 _RELEASED_ONLY = ("learning_rate", "betas", "eps", "initial_logit")
@@ -84,7 +87,9 @@ class BDSState(State):
         harmful: float32 (slots,), posterior probability of being harmful.
         low, high: float32 (slots,), its 5 % and 95 % quantiles.
         scored: uint8 (slots,), scores so far, 255 for more.
-        noise: float32 (slots,), variance of the scores at the time of a row's last one.
+        since: int32 (slots,), the update at which a row was scored last.
+        sampled: float32 (slots,), the log-odds, share included, that a row's draws belong to.
+        steps: Updates so far.
         calibration: float64 (4,), see `safe_sched.evidence.Calibration`.
         judged: float64 (2,), rows with a score, and the sum of their probabilities.
         counts: int32 (slots,), rows that share a slot; (0,) where every row has its own.
@@ -101,7 +106,9 @@ class BDSState(State):
     low: Tensor
     high: Tensor
     scored: Tensor
-    noise: Tensor
+    since: Tensor
+    sampled: Tensor
+    steps: int
     calibration: Tensor
     judged: Tensor
     counts: Tensor
@@ -116,10 +123,10 @@ class BDS:
     """Bayesian Data Scheduler with one logit per training row. The defaults need no tuning.
 
     Args:
-        evidence: Where a row's score comes from: ``"probe"`` (the default), ``"reference"``, ``"covariance"``, or None to
-            leave the weights at 1 (and to bring scores yourself, through ``session.learn``).
-        reference: For ``evidence="reference"``: a file written by ``safe-sched losses``, or ``"adapter:NAME"`` for a PEFT
-            adapter of the model that was trained without safety data.
+        evidence: Where a row's score comes from: ``"probe"`` (the default), ``"reference"``, ``"covariance"``, or None
+            to leave the weights at 1 (and to bring scores yourself, through ``session.learn``).
+        reference: For ``evidence="reference"``: a file written by ``safe-sched losses``, or ``"adapter:NAME"`` for a
+            PEFT adapter of the model that was trained without safety data.
         transform: From logit to weight; None is ``"sigmoid"``.
         prior: ``"harmful_share"`` (sigmoid's default), ``"gaussian"`` (the default of the others), ``"flat"``.
         prior_share: Share of harmful rows expected, in (0, 1).
@@ -189,17 +196,18 @@ class BDS:
             return
         if self.prior == "harmful_share" and self._transform != "sigmoid":
             raise OptionError(
-                f'BDS(transform="{self._transform}", prior="harmful_share"): a share of rows has no meaning for weights '
-                'that are relative; use prior="gaussian", or transform="sigmoid"'
+                f'BDS(transform="{self._transform}", prior="harmful_share"): a share of rows has no meaning for '
+                'weights that are relative; use prior="gaussian", or transform="sigmoid"'
             )
         if self.prior == "flat" and self.temperature > 0:
             raise OptionError(
-                'BDS(prior="flat"): a flat prior on logits has no posterior to sample; use temperature=0, or a Gaussian prior'
+                'BDS(prior="flat"): a flat prior on logits has no posterior to sample; use temperature=0, or '
+                'prior="gaussian"'
             )
         if (self.reference is not None) != (self.evidence == "reference"):
             raise OptionError(
-                'BDS: evidence="reference" and reference=... (a file written by `safe-sched losses`, or "adapter:NAME") '
-                "go together"
+                'BDS: evidence="reference" and reference=... (a file written by `safe-sched losses`, or '
+                '"adapter:NAME") go together'
             )
 
     @functools.cached_property
@@ -257,16 +265,17 @@ class BDS:
         n, counts = index.slots, index.counts
         start = _MEAN[self._transform]
         from_file = self.evidence == "reference" and self.adapter is None
-        share = float(torch.sigmoid(torch.tensor(self._share_log_odds(torch.zeros(2)))))
         return BDSState(
             log_odds=torch.zeros(n),
             logits=torch.full((n,), start),
             weight=torch.ones(n),
-            harmful=torch.full((n,), share),
+            harmful=torch.full((n,), 1 - self._mean_under_prior("sigmoid")),
             low=torch.zeros(n),
             high=torch.ones(n),
             scored=torch.zeros(n, dtype=torch.uint8),
-            noise=torch.zeros(n),
+            since=torch.zeros(n, dtype=torch.int32),
+            sampled=torch.zeros(n),
+            steps=0,
             calibration=Calibration.fresh(),
             judged=torch.zeros(2, dtype=torch.float64),
             counts=torch.empty(0, dtype=torch.int32) if counts is None else counts.to(torch.int32),
@@ -287,7 +296,19 @@ class BDS:
         old = state.log_odds.numel()
         grown = {
             name: torch.cat([getattr(state, name), getattr(fresh, name)[..., old:]], dim=-1)
-            for name in ("log_odds", "logits", "weight", "harmful", "low", "high", "scored", "noise", "reference", "moments")
+            for name in (
+                "log_odds",
+                "logits",
+                "weight",
+                "harmful",
+                "low",
+                "high",
+                "scored",
+                "since",
+                "sampled",
+                "reference",
+                "moments",
+            )
         }
         added = torch.tensor(math.log(max(index.slots - old, 1)) + _MEAN[self._transform], dtype=torch.float64)
         total = torch.logaddexp(state.log_total, added) if old else added
@@ -329,16 +350,23 @@ class BDS:
         if self.evidence != "probe" or self._released is not None:
             return torch.zeros(slots.numel(), dtype=torch.bool)
         unsure = self._total(state, slots).abs() < RESOLVED
-        return (state.scored[slots] == 0) | (unsure & (state.scored[slots] < self.max_probes)) | self.doubtful(state, slots)
+        return (
+            (state.scored[slots] == 0)
+            | (unsure & (state.scored[slots] < self.max_probes))
+            | self.doubtful(state, slots)
+        )
 
     def doubtful(self, state: Any, slots: Tensor) -> Tensor:
-        """Which rows were thought harmful, or nothing, in a time of much noise that has passed: bool (rows,).
+        """Which rows should be measured again before they come by: bool (rows,).
 
-        A few of the first scores of a run are wrong: where the task is new to the model, it is about to refuse harmless
-        rows too. They are worth a second look in the same epoch.
+        Those that were not cleared in the first `EARLY` updates, once as many more are done: where the task is new to the
+        model, it is about to refuse harmless rows too. The second look replaces what was thought before.
         """
-        passed = state.noise[slots] > _PASSED * Calibration(state.calibration).noise
-        return passed & (self._total(state, slots) > -RESOLVED) & (state.scored[slots] < self.max_probes)
+        seen = (state.scored[slots] > 0) & (state.scored[slots] < self.max_probes)
+        return seen & self._was_early(state, slots) & (self._total(state, slots) > -RESOLVED)
+
+    def _was_early(self, state: BDSState, slots: Tensor) -> Tensor:
+        return (state.since[slots] < EARLY) & (state.steps >= 2 * EARLY)
 
     def _total(self, state: BDSState, slots: Tensor) -> Tensor:
         return state.log_odds[slots] + self._share_log_odds(state.judged)
@@ -350,10 +378,15 @@ class BDS:
         if self.evidence == "reference":
             assert step.nll is not None
             known = torch.isfinite(state.reference[step.slots])
+            state.steps += 1
             return self.learn(state, step.slots[known], (step.nll - state.reference[step.slots])[known])
         if self.evidence == "covariance":
             return self._covariance(state, step)
-        return {}
+        state.steps += 1
+        # the share found since may have changed what the scores of these rows mean
+        slots = torch.unique(step.slots[state.scored[step.slots] > 0])
+        moved = (self._total(state, slots) - state.sampled[slots]).abs() > _MOVED
+        return self._resample(state, slots[moved]) if bool(moved.any()) else {}
 
     def learn(self, state: Any, slots: Tensor, scores: Tensor) -> dict[str, float]:
         """Take scores in, and sample the logits of their rows again.
@@ -373,27 +406,36 @@ class BDS:
         slots, place = torch.unique(slots, return_inverse=True)
         each = torch.bincount(place).double()
         score = torch.zeros(slots.numel(), dtype=torch.float64).index_add_(0, place, scores.double()) / each
-        calibration, prior = Calibration(state.calibration), self._share_log_odds(state.judged)
+        calibration = Calibration(state.calibration)
+        state.log_odds[slots[self._was_early(state, slots)]] = 0.0
         state.log_odds[slots] += calibration.fit(score).float()
-        state.noise[slots] = calibration.noise
-        visits = state.scored[slots].long()
-        state.scored[slots] = (visits + 1).clamp(max=255).to(torch.uint8)
-        new = visits == 0
-        chains = self._sample(state.log_odds[slots] + prior, "sigmoid", slots, visits)
-        u = torch.sigmoid(chains.draws)
-        before = torch.where(new, 0.0, state.harmful[slots])
-        state.harmful[slots] = 1 - u.mean((0, 2))
-        edges = torch.quantile(1 - u.transpose(1, 2).flatten(0, 1), torch.tensor([0.05, 0.95]), dim=0)
-        state.low[slots], state.high[slots] = edges[0], edges[1]
-        state.judged += torch.tensor([float(new.sum()), float((state.harmful[slots] - before).double().sum())])
-        self._set_weights(state, slots, visits, u)
+        state.since[slots] = state.steps
+        new = state.scored[slots] == 0
+        state.harmful[slots[new]] = 0.0
+        state.judged[0] += float(new.sum())
+        state.scored[slots] = (state.scored[slots].long() + 1).clamp(max=255).to(torch.uint8)
         return {
+            **self._resample(state, slots),
             "score_variance": calibration.variance,
             "score_harmful_mean": calibration.harmful_mean,
             "harmful_rows": float(state.judged[1]),
             "rows_scored": float(state.judged[0]),
-            **chains.diagnostics,
         }
+
+    def _resample(self, state: BDSState, slots: Tensor) -> dict[str, float]:
+        """Sample the logits of some scored rows, distinct ones, and keep what their draws say."""
+        total, visits = self._total(state, slots), state.scored[slots].long()
+        chains = self._sample(total, "sigmoid", slots, visits)
+        u = torch.sigmoid(chains.draws)
+        before = state.harmful[slots]
+        state.harmful[slots] = 1 - u.mean((0, 2))
+        harmful = (1 - u).transpose(0, 1).flatten(1)
+        for edge, share in ((state.low, 0.05), (state.high, 0.95)):
+            edge[slots] = harmful.kthvalue(math.ceil(share * harmful.shape[1]), dim=1).values
+        state.judged[1] += (state.harmful[slots] - before).double().sum()
+        state.sampled[slots] = total
+        self._set_weights(state, slots, visits, u)
+        return chains.diagnostics
 
     def _set_weights(self, state: BDSState, slots: Tensor, visits: Tensor, u: Tensor) -> None:
         if self._transform == "sigmoid":
@@ -405,7 +447,8 @@ class BDS:
             state.weight[slots] = draws.clamp(min=0).mean((0, 2)) / self._prior_mean
             return
         # the mean of dU/dz is 0 over the posterior: this form of the mean logit has no noise where there is no evidence
-        logits = -conflict * draws.exp().mean((0, 2)) / max(self._precision("softmax"), 1e-12)
+        precision = self._precision("softmax")
+        logits = -conflict * draws.exp().mean((0, 2)) / precision if precision else draws.mean((0, 2))
         counts = state.counts[slots] if state.counts.numel() else 1
         scale = float(state.log_total)
         moved = (counts * (torch.exp(logits.double() - scale) - torch.exp(state.logits[slots].double() - scale))).sum()
@@ -430,6 +473,7 @@ class BDS:
         slots, place = torch.unique(step.slots, return_inverse=True)
         nll = torch.zeros(slots.numel()).index_add_(0, place, step.nll) / torch.bincount(place)
         visits, loss, safe, together = state.moments[:, slots]
+        state.steps += 1
         visits = visits + 1
         before = nll - loss
         loss, safe = loss + before / visits, safe + (step.safety_loss - safe) / visits
@@ -447,12 +491,13 @@ class BDS:
 
     def gradient(self, z: Tensor, evidence: Tensor, transform: Transform) -> Tensor:
         """``dU/dz``."""
-        slope = {
-            "sigmoid": lambda: torch.sigmoid(z) * torch.sigmoid(-z),
-            "softmax": lambda: torch.exp(z),
-            "identity": lambda: (z > 0).to(z.dtype),
-        }[transform]()
-        return evidence * slope + self._precision(transform) * (z - _MEAN[transform])
+        precision = self._precision(transform)
+        if transform == "sigmoid":
+            s = torch.sigmoid(z)
+            return torch.addcmul(precision * z, evidence, torch.addcmul(s, s, s, value=-1))
+        if transform == "softmax":
+            return torch.addcmul(precision * z, evidence, torch.exp(z))
+        return evidence * (z > 0) + precision * (z - _MEAN[transform])
 
     def _sample(self, evidence: Tensor, transform: Transform, slots: Tensor, visits: Tensor) -> _Chains:
         evidence = evidence.float()
@@ -465,7 +510,8 @@ class BDS:
             start = -torch.log1p(evidence * std**2).clamp(max=3 * std)
             bend = evidence * start.exp()
         else:
-            start, bend = 1 - (std**2 * evidence).clamp(max=1.0), torch.zeros_like(evidence)
+            # beyond 0 the density falls off over 1 / E
+            start, bend = 1 - (std**2 * evidence).clamp(max=1.0), 0.1 * evidence.square()
         precondition = (1 / (std**-2 + bend))[:, None]
         how = Langevin(
             self.temperature, self.step_size, self.step_decay, self.burn_in, self.draws, self.thin, self.chains
@@ -489,15 +535,19 @@ class BDS:
 
     @functools.cached_property
     def _prior_mean(self) -> float:
-        """The mean of w under the prior, by a sum over the logit: the weight that counts as 1."""
-        transform = self._transform
-        if not (precision := self._precision(transform)):
+        """The mean of w before any evidence: the weight that counts as 1."""
+        return self._mean_under_prior(self._transform)
+
+    def _mean_under_prior(self, transform: Transform) -> float:
+        """The mean of a transform under ``exp(-U / T)`` without scores, by a sum over the logit; T = 0: at the mode."""
+        precision, heat = self._precision(transform), self.temperature
+        if not precision:
             return float(_unscaled(torch.tensor(_MEAN[transform]), transform))
-        std = precision**-0.5
-        z = torch.linspace(-10, 10, 4001, dtype=torch.float64) * std + _MEAN[transform]
+        width = 10 * (precision**-0.5) * max(heat, 1.0) ** 0.5
+        z = torch.linspace(-width, width, 8001, dtype=torch.float64) + _MEAN[transform]
         evidence = torch.tensor(self._share_log_odds(torch.zeros(2)), dtype=torch.float64)
-        density = torch.softmax(-self.energy(z, evidence, transform), 0)
-        return float((density * _unscaled(z, transform)).sum())
+        energy, w = self.energy(z, evidence, transform), _unscaled(z, transform)
+        return float((torch.softmax(-energy / heat, 0) * w).sum() if heat else w[energy.argmin()])
 
 
 @dataclass(frozen=True)

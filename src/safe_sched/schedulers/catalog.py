@@ -7,9 +7,10 @@ from typing import Any
 from safe_sched.errors import unknown_name
 from safe_sched.schedulers.bds import BDS
 from safe_sched.schedulers.fixed import Fixed
+from safe_sched.schedulers.neural import NeuralBDS
 from safe_sched.types import Scheduler
 
-CATALOG: dict[str, type] = {cls.name: cls for cls in (BDS, Fixed)}
+CATALOG: dict[str, type] = {cls.name: cls for cls in (BDS, NeuralBDS, Fixed)}
 
 
 def build(scheduler: Scheduler[Any] | str, **options: Any) -> Scheduler[Any]:

@@ -1,0 +1,54 @@
+"""What commands share: where they print, how they show progress, and how an error becomes an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from safe_sched.errors import NumericsError, SafeSchedError, UnscoredError
+
+USAGE, UNSCORED = 2, 3
+"""Exit codes: something that was given cannot be used; not all rows could be scored."""
+
+
+@contextlib.contextmanager
+def errors_as_exit_codes() -> Iterator[None]:
+    """Print an error of ours in red, without a traceback, and leave with its exit code."""
+    try:
+        yield
+    except SafeSchedError as error:
+        # soft_wrap: paths in a message stay in one piece
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(UNSCORED if isinstance(error, UnscoredError | NumericsError) else USAGE) from error
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar on standard error, gone when the work is done.
+
+    Yields:
+        What to call with the name of a stage, how much of it is done, and of how much (None: unknown).
+    """
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        stage = ""
+
+        def show(name: str, done: int, total: int | None) -> None:
+            nonlocal stage
+            if name != stage:  # a new stage, a new estimate of the time
+                bar.reset(task, description=name, total=total)
+                stage = name
+            bar.update(task, completed=done, total=total)
+
+        yield show
