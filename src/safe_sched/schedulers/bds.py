@@ -360,13 +360,11 @@ class BDS:
         """Which rows should be measured again before they come by: bool (rows,).
 
         Those that were not cleared in the first `EARLY` updates, once as many more are done: where the task is new to the
-        model, it is about to refuse harmless rows too. The second look replaces what was thought before.
+        model, it is about to refuse harmless rows too.
         """
         seen = (state.scored[slots] > 0) & (state.scored[slots] < self.max_probes)
-        return seen & self._was_early(state, slots) & (self._total(state, slots) > -RESOLVED)
-
-    def _was_early(self, state: BDSState, slots: Tensor) -> Tensor:
-        return (state.since[slots] < EARLY) & (state.steps >= 2 * EARLY)
+        early = (state.since[slots] < EARLY) & (state.steps >= 2 * EARLY)
+        return seen & early & (self._total(state, slots) > -RESOLVED)
 
     def _total(self, state: BDSState, slots: Tensor) -> Tensor:
         return state.log_odds[slots] + self._share_log_odds(state.judged)
@@ -407,7 +405,6 @@ class BDS:
         each = torch.bincount(place).double()
         score = torch.zeros(slots.numel(), dtype=torch.float64).index_add_(0, place, scores.double()) / each
         calibration = Calibration(state.calibration)
-        state.log_odds[slots[self._was_early(state, slots)]] = 0.0
         state.log_odds[slots] += calibration.fit(score).float()
         state.since[slots] = state.steps
         new = state.scored[slots] == 0
