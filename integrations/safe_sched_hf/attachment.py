@@ -44,7 +44,6 @@ from safe_sched.session import Batch, Session
 from safe_sched.types import Evidential
 from safe_sched_hf.probe import Probe, adapter_active, lines_log_probs
 
-
 _PAST = 64  # micro-batches whose tokens are kept
 
 

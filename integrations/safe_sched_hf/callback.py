@@ -19,11 +19,12 @@ from safe_sched.session import Normalizer, Session, require_normalizer
 from safe_sched.state import MANIFEST_FILE, STATE_FILE
 from safe_sched.types import Evidential, Scheduler
 from safe_sched_hf.attachment import Attachment, calling_trainer
+from safe_sched_hf.noise import add_noise
 from safe_sched_hf.probe import Probe
 from safe_sched_hf.rows import first_rows, index_rows
 from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, safety_loss
 
-_OPTIONS = ("scheduler", "safety_data", "safety_batch_size", "safety_weight", "normalizer", "seed")
+_OPTIONS = ("scheduler", "safety_data", "safety_batch_size", "safety_weight", "normalizer", "model_temperature", "seed")
 
 
 class SafeSchedCallback(TrainerCallback):
@@ -45,7 +46,9 @@ class SafeSchedCallback(TrainerCallback):
         safety_weight: Factor of the safety loss, > 0.
         normalizer: What the weighted loss is a mean over: ``"token"``, the trainer's own; or ``"row"``, the mean over
             rows of each row's mean. See `safe_sched.session.Session`.
-        seed: Of the order of the safety rows. None: the trainer's seed.
+        model_temperature: Temperature of Langevin noise on the model's own parameters, >= 0; 1 makes the run an SGLD
+            sample of the posterior over the model as well (see `safe_sched_hf.noise`), 0 leaves the optimiser alone.
+        seed: Of the order of the safety rows and of that noise. None: the trainer's seed.
 
     Raises:
         OptionError: An option is unknown or out of range.
@@ -72,6 +75,7 @@ class SafeSchedCallback(TrainerCallback):
         safety_batch_size: int | None = None,
         safety_weight: float = 1.0,
         normalizer: Normalizer = "token",
+        model_temperature: float = 0.0,
         seed: int | None = None,
         **unknown: Any,
     ) -> None:
@@ -84,19 +88,22 @@ class SafeSchedCallback(TrainerCallback):
                 f"safety_weight={safety_weight}; allowed: a finite number > 0. To train without safety rows leave "
                 "safety_data out."
             )
+        if not 0 <= model_temperature < float("inf"):
+            raise OptionError(f"model_temperature={model_temperature}; allowed: a finite number >= 0, usually 0 or 1")
         require_normalizer(normalizer)
         self.scheduler = build(scheduler)
         if not isinstance(self.scheduler, Scheduler):
             raise OptionError(f"{scheduler!r} is not a scheduler; use safe_sched.BDS, safe_sched.Fixed, or a name")
         if safety_data is None and self._evidence() in ("probe", "covariance"):
             raise OptionError(
-                f'{self.scheduler.name!r} with evidence="{self._evidence()}" learns from safety rows: give safety_data, for '
-                'example safety_data="core"'
+                f'{self.scheduler.name!r} with evidence="{self._evidence()}" learns from safety rows: give safety_data, '
+                'for example safety_data="core"'
             )
         self.safety_data = safety_data
         self.safety_batch_size = safety_batch_size
         self.safety_weight = safety_weight
         self.normalizer: Normalizer = normalizer
+        self.model_temperature = model_temperature
         self.seed = seed
         self._session: Session | None = None
         self._safety: SafetySet | None = None
@@ -142,7 +149,10 @@ class SafeSchedCallback(TrainerCallback):
         loader = kwargs["train_dataloader"]
         index = index_rows(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
         self._safety = self._read_safety(args, kwargs.get("processing_class"), first_rows(loader.dataset))
-        self._session = Session(self.scheduler, index, self.normalizer, {"safety": self._safety_settings()})
+        settings: dict[str, Any] = {"safety": self._safety_settings()}
+        if self.model_temperature:
+            settings["model_temperature"] = self.model_temperature
+        self._session = Session(self.scheduler, index, self.normalizer, settings)
         if state.global_step > 0:
             folder = resumed_from or f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             self._session.load(Path(folder) / STATE_FILE, steps=state.global_step)
@@ -196,6 +206,16 @@ class SafeSchedCallback(TrainerCallback):
         trainer.accelerator.backward(self.safety_weight * loss)
         self.session.safety_loss = float(loss.detach())
         attachment.note({"safe_sched/safety_loss": self.session.safety_loss})
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Shake the parameters, where that was asked for."""
+        if self.model_temperature and self._attachment is not None:
+            seed = args.seed if self.seed is None else self.seed
+            add_noise(
+                kwargs["optimizer"], self.model_temperature, self.session.index.rows, seed=seed, step=state.global_step
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let the scheduler learn from the step."""

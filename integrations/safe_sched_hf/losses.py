@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub.constants
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -49,9 +50,10 @@ def row_losses(request: RowLossesRequest) -> RowLosses:
     """
     _require_one_schema(request.rows)
     device = _device(request.device)
-    with _no_progress_bars(), tempfile.TemporaryDirectory(prefix="safe-sched-") as folder:
+    local = Path(request.model).expanduser().is_dir()
+    with _quiet(offline=local), tempfile.TemporaryDirectory(prefix="safe-sched-") as folder:
         request.progress("loading the model", 0, None)
-        model, processor = _load(request)
+        model, processor = _load(request, local)
         request.progress("preparing the rows", 0, None)
         trainer = _prepare(request, model, processor, folder)
     prepared: Any = trainer.train_dataset
@@ -108,15 +110,13 @@ def _device(name: str) -> torch.device:
 # the model --------------------------------------------------------------------------------------------------------
 
 
-def _load(request: RowLossesRequest) -> tuple[Any, Any]:
+def _load(request: RowLossesRequest, local: bool) -> tuple[Any, Any]:
     name, folder = request.model, Path(request.model).expanduser()
-    local = folder.is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise OptionError(f"no folder {name}; give the folder of a model, or a hub name such as owner/model")
     if local and not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
         raise OptionError(f"{name} is a PEFT adapter; give the model that it belongs to, and this folder as adapter")
     source: Any = str(folder) if local else name
-    # a folder never makes a reason to ask the network
     how: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     dtype = "auto" if request.dtype == "auto" else getattr(torch, request.dtype)
     try:
@@ -174,7 +174,7 @@ def _prepare(request: RowLossesRequest, model: Any, processor: Any, folder: str)
         )
     except Exception as error:  # templates, TRL, datasets and arrow all raise their own
         silent = [number for number, row in enumerate(request.rows) if not _has_answer(row)]
-        if request.assistant_only_loss and silent:
+        if request.assistant_only_loss and 0 < len(silent) < len(request.rows):
             raise UnscoredError(
                 f"{len(silent)} of {len(request.rows)} rows have no assistant turn, and with assistant_only_loss "
                 f"nothing else is trained on (rows {some_of(silent)}, counted from 0): remove these rows, or switch "
@@ -220,15 +220,19 @@ def _has_answer(row: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep the libraries' own bars off the screen; what they warn of stays."""
-    shown, shown_too = logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
+def _quiet(*, offline: bool) -> Iterator[None]:
+    """No progress bars but ours, and no network that nobody asked for: TRL reports every trainer that is built."""
+    constants: Any = huggingface_hub.constants
+    before = constants.HF_HUB_DISABLE_TELEMETRY, constants.HF_HUB_OFFLINE
+    bars, dataset_bars = logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
+    constants.HF_HUB_DISABLE_TELEMETRY, constants.HF_HUB_OFFLINE = True, before[1] or offline
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        constants.HF_HUB_DISABLE_TELEMETRY, constants.HF_HUB_OFFLINE = before
+        if bars:
             logging.enable_progress_bar()
-        if shown_too:
+        if dataset_bars:
             datasets.enable_progress_bars()

@@ -7,6 +7,7 @@ and random numbers as they were.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ class Probe:
         self.trainer = trainer
         self.rows = safety.rows
         self._opening: Opening | None = None
-        if any(bool((labels[:2] != IGNORE_INDEX).any()) for _, labels in self.rows):
+        if any(int(labels[0]) != IGNORE_INDEX for _, labels in self.rows):
             raise DataError(
                 'evidence="probe" looks at where a prompt ends and its refusal begins, and a safety row has no prompt '
                 "before its labels. Give safety_data as prompt and completion, or as messages; or use "
@@ -149,7 +150,7 @@ def lines_log_probs(
         inputs = {name: value[lines.to(value.device)] if name in tensors else value for name, value in inputs.items()}
     part = Layout(layout.row[lines], layout.position[lines], layout.rows, layout.packed)
     model.train()
-    with torch.no_grad(), _same_random_numbers(), trainer.compute_loss_context_manager():
+    with torch.no_grad(), _quiet_checkpoints(), _same_random_numbers(), trainer.compute_loss_context_manager():
         if has_fused_head(model):
             found = model(**{**inputs, "use_cache": False}, fused_lm_head=True).log_probs
         else:
@@ -199,6 +200,14 @@ def adapter_active(model: nn.Module, name: str) -> Iterator[None]:
         switch(active)
         for p, flag in trainable:
             p.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _quiet_checkpoints() -> Iterator[None]:
+    """Reentrant gradient checkpointing warns of a forward without gradient, which is what is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True", category=UserWarning)
+        yield
 
 
 @contextlib.contextmanager
