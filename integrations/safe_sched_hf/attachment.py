@@ -42,6 +42,7 @@ from safe_sched.losses import label_log_probs, nll_from_log_probs
 from safe_sched.probe import row_scores
 from safe_sched.session import Batch, Session
 from safe_sched.types import Evidential
+from safe_sched_hf.features import RowFeatures
 from safe_sched_hf.probe import Probe, adapter_active, lines_log_probs
 
 _PAST = 64  # micro-batches whose tokens are kept
@@ -100,6 +101,7 @@ class Attachment:
         self.trainer = trainer
         self.session = session
         self.probe = probe
+        self.features = RowFeatures.wanted_by(session.scheduler, trainer.processing_class, trainer.args.device)
         self._metrics: dict[str, list[float]] = {}
         self._state = trainer.state  # every train() makes a new one
         self._wrapped: list[str] = []
@@ -310,7 +312,10 @@ class Attachment:
             due, after = moved
             scores = row_scores(per_token, after.to(per_token.device), labels, layout).cpu()
             session.learn(batch.slots[due], scores[due])
-        session.weigh(batch, nll, mean_tokens)
+        features = None
+        if self.features is not None:
+            features = self.features(seen.get("hidden"), batch.input_ids, labels, layout, batch.slots)
+        session.weigh(batch, nll, mean_tokens, features)
 
         def factors() -> Tensor:
             session.mark_gated(batch)

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 import safe_sched
 from safe_sched.errors import DataError, ModelError, NumericsError, OptionError, unknown_name
 from safe_sched.schedulers import build
+from safe_sched.scorer import Scorer
 from safe_sched.session import Normalizer, Session, require_normalizer
 from safe_sched.state import MANIFEST_FILE, STATE_FILE
 from safe_sched.types import Evidential, Scheduler
@@ -124,9 +125,24 @@ class SafeSchedCallback(TrainerCallback):
 
         Returns:
             ``row`` int64, ``key`` uint64 (the row's content), ``weight`` float32 (as of the last step), ``seen`` int32
-            (how often its content was trained on).
+            (how often its content was trained on); with `BDS` also ``p_harmful`` and its interval, see
+            `safe_sched.session.Session.table`.
         """
         return self.session.table()
+
+    def scorer(self) -> Scorer:
+        """What a `safe_sched.NeuralBDS` has learned, for rows that it has never seen.
+
+        Raises:
+            OptionError: Another scheduler was at work, which knows of its own rows only.
+        """
+        make = getattr(self.session.scheduler, "scorer", None)
+        if make is None:
+            raise OptionError(
+                f"{self.session.scheduler.name!r} knows of the rows that it was trained on and of no others; use "
+                "SafeSchedCallback(NeuralBDS(), ...)"
+            )
+        return make(self.session.state)
 
     # events -----------------------------------------------------------------------------------------------------
 

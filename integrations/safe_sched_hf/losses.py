@@ -120,10 +120,16 @@ def _load(request: RowLossesRequest, local: bool) -> tuple[Any, Any]:
     how: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     dtype = "auto" if request.dtype == "auto" else getattr(torch, request.dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **how)
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **how)
         processor: Any = AutoProcessor.from_pretrained(source, **how)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"{name} cannot be loaded as a causal language model with a tokenizer: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        # only a warning in transformers, which makes them up
+        raise ModelError(
+            f"{name} lacks {len(missing)} of the parameters of {type(model).__name__} ({missing[0]}, ...), so it is no "
+            "causal language model, or its files are damaged. Give the folder that the whole model was saved in."
+        )
     if request.chat_template is not None:
         processor.chat_template = request.chat_template
     return model if request.adapter is None else _with_adapter(model, request.adapter), processor

@@ -1,18 +1,18 @@
 """A head that tells from a row's features how likely the row is harmful; trained by `safe_sched.NeuralBDS`.
 
-With features x (what a model made of the row) and parameters phi, the head gives the log-odds of the row being *benign*,
-before any score of the row itself::
+With features x (what a model made of the row) and parameters phi, the head gives the log-odds of the row being
+*benign*, before any score of the row itself::
 
     u     =  clip( (x - mean) / std , +-8 ) / sqrt(width)               running moments; |u| is about 1
     z(x)  =  s w.u  +  b                                                "linear"
-    z(x)  =  s 1.5 v.tanh(2 A P u + a) / sqrt(H)  +  b                  "mlp", P: a fixed random projection, |P u| ~ |u|
+    z(x)  =  s 1.22 v.tanh(2 A P u + a) / sqrt(H)  +  b                 "mlp", P: a fixed random projection, |P u| ~ |u|
 
     P(harmful | x)  =  1 - E[ sigmoid(z(x)) ]
 
-The expectation is over the posterior of phi, which an ensemble of chains stands for: their logits are taken as normal, with
-the chains' mean and variance, so that a few chains give a smooth answer. Every parameter has a normal prior of variance 1
-(``b`` in units of ``BIAS``), hence the logit of a row that is like no other has variance about ``s**2 + BIAS**2`` and P is near
-one half, with a wide interval.
+The expectation is over the posterior of phi, which an ensemble of chains stands for: their logits are taken as normal,
+with the chains' mean and variance, so that a few chains give a smooth answer. Every parameter has a normal prior of
+variance 1 (``b`` in units of ``BIAS``), hence the logit of a row that is like no other has variance about ``s**2 +
+BIAS**2``, and its interval is wide.
 
 A scorer is saved as one safetensors file with a JSON header; nothing is pickled.
 """
@@ -42,7 +42,7 @@ BIAS = 1.0
 """Prior standard deviation of the bias, in nats."""
 
 _HIDDEN, _PROJECTED = 16, 64
-_GAIN, _OUT = 2.0, 1.5
+_GAIN, _OUT = 2.0, 1.22  # the second makes the variance of the logit s**2
 _CLIP = 8.0
 _QUANTILE = 1.6449  # of a standard normal at 95 %
 
@@ -130,7 +130,7 @@ class Head:
         return self.std**2 * output + BIAS**2
 
     def mirror(self) -> Tensor:
-        """float32 (parameters,): the sign with which each enters the mirror image of a head, whose ``z - b`` is negated."""
+        """float32 (parameters,): the signs that make of a head its mirror image, whose ``z - b`` is negated."""
         sign = -torch.ones(self.parameters)
         if self.kind == "mlp":
             sign[: _HIDDEN * (self.inputs + 1)] = 1.0
@@ -161,7 +161,7 @@ class Head:
         return torch.cat([first, inner.sum(0), out, bias])
 
     def _hidden(self, phi: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float]:
-        """tanh of the hidden units (rows, hidden, chains), the output weights (hidden, chains), and their factor."""
+        """The hidden units (rows, hidden, chains), the output weights (hidden, chains), and their factor."""
         n = _HIDDEN * self.inputs
         first = phi[:n].view(_HIDDEN, self.inputs, -1)
         hidden = torch.tanh(_GAIN * torch.einsum("ri,hic->rhc", u, first) + phi[n : n + _HIDDEN])
@@ -253,7 +253,9 @@ class Scorer:
         """
         path = Path(path)
         if not path.is_file():
-            raise StateError(f"no scorer at {path}: write one with NeuralBDS.scorer(state).save(path) after a training run")
+            raise StateError(
+                f"no scorer at {path}: write one with NeuralBDS.scorer(state).save(path) after a training run"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["safe_sched_scorer"])
@@ -271,7 +273,9 @@ class Scorer:
             or scorer.mean.shape != (head.width,)
             or scorer.variance.shape != (head.width,)
         ):
-            raise StateError(f"{path} is damaged: its tensors do not have the sizes that its header names; save it again")
+            raise StateError(
+                f"{path} is damaged: its tensors do not have the sizes that its header names; save it again"
+            )
         return scorer
 
 
@@ -279,6 +283,6 @@ def require_width(features: Tensor, width: int) -> None:
     """Raise a `DataError` unless features are (rows, width)."""
     if features.dim() != 2 or features.shape[1] != width:
         raise DataError(
-            f"features of shape {tuple(features.shape)} for a head of width {width}: they come from another model or another "
-            "encoder than the head was trained on. Use the same one."
+            f"features of shape {tuple(features.shape)} for a head of width {width}: they come from another model or "
+            "another encoder than the head was trained on. Use the same one."
         )

@@ -39,6 +39,7 @@ class Batch:
     """One micro-batch on its way through a step.
 
     Attributes:
+        input_ids: int64 (batch, sequence).
         labels: int64 (batch, sequence), for the losses.
         layout: Where its rows lie.
         slots: int64 (rows,), -1 for a run of tokens without labels, which teaches nothing.
@@ -49,6 +50,7 @@ class Batch:
         gated: Whether a backward came through the gate.
     """
 
+    input_ids: Tensor
     labels: Tensor
     layout: Layout
     slots: Tensor
@@ -132,7 +134,8 @@ class Session:
             unknown = (teaches & (slots < 0)).nonzero().flatten()
             if unknown.numel():
                 self._raise_unknown(input_ids, layout, unknown)
-            self._batches.append(Batch(labels, layout, slots, tokens, torch.ones(layout.rows, device=labels.device)))
+            factors = torch.ones(layout.rows, device=labels.device)
+            self._batches.append(Batch(input_ids, labels, layout, slots, tokens, factors))
         return self._batches
 
     def _raise_unknown(self, input_ids: Tensor, layout: Layout, unknown: Tensor) -> None:

@@ -23,8 +23,8 @@ def build(scheduler: Scheduler[Any] | str, **options: Any) -> Scheduler[Any]:
         PluginError: The name is not built in, and a plugin cannot be loaded.
 
     Example:
-        >>> build("bds", learning_rate=0.01).settings()["learning_rate"]
-        0.01
+        >>> build("bds", draws=64).settings()["draws"]
+        64
     """
     if not isinstance(scheduler, str):
         return scheduler

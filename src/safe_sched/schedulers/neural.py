@@ -1,41 +1,42 @@
-"""NeuralBDS: the Bayesian Data Scheduler whose logits are a function of the row (arXiv 2510.27172, section on amortisation).
+"""NeuralBDS: the Bayesian Data Scheduler whose logits are a function of the row (arXiv 2510.27172).
 
-`safe_sched.BDS` has one free logit per row. Here the logit of row i is the output of a small head on features x_i of the row,
-``z_i = head(x_i; phi)`` (`safe_sched.scorer`), so that rows which were never measured, and rows of files that were never trained
-on, have weights as well. The row's scores are measured, calibrated and added up to ``E_i`` by a `BDS` inside
-(`safe_sched.evidence`); phi is sampled from the posterior that they give it::
+`safe_sched.BDS` has one free logit per row. Here the logit of row i is the output of a small head on features x_i of
+the row, ``z_i = head(x_i; phi)`` (`safe_sched.scorer`), so that rows which were never measured, and rows of files that
+were never trained on, have weights as well. The row's scores are measured, calibrated and added up to ``E_i`` by a
+`BDS` inside (`safe_sched.evidence`); phi is sampled from the posterior that they give it::
 
     U(phi) = sum over rows of  u(z_i, E_i)  +  |phi - prior|**2 / 2
 
     u(z, E) = -log( sigmoid(z) + sigmoid(-z) e**E )              energy="mixture"
             = (E + c) sigmoid(z)                                 energy="weights", c: the harmful-share prior's log-odds
 
-*mixture* reads the head as the probability of being benign before the row is measured, and E as the log of the Bayes factor
-of its scores; the row's label is summed over. *weights* is the energy of `BDS`, with the logits tied together; where the head
-cannot tell rows apart it follows the sign of their sum with certainty, however little each of them says. Both agree where
-sigmoid(z) is 0 or 1.
+*mixture* reads the head as the probability of being benign before the row is measured, and E as the log of the Bayes
+factor of its scores; the row's label is summed over. *weights* is the energy of `BDS`, with the logits tied together;
+where the head cannot tell rows apart it follows the sign of their sum with certainty, however little each of them says.
+Both agree where sigmoid(z) is 0 or 1.
 
-The weight of a row is what Bayes' rule makes of the head's log-odds and of the row's own, E_i = 0 for rows without a score::
+The weight of a row is what Bayes' rule makes of the head's log-odds and of the row's own, E_i = 0 for rows without a
+score::
 
     P(benign | x_i, scores) = E_phi[ sigmoid( z_i - E_i ) ]          a product of two experts: their log-odds add up
     w_i = P(benign | x_i, scores) / P(benign)                        weight 1 is what a row has before anything is known
 
-So a head that is sure moves a row that was never measured; a row that was measured can overrule it. The row's own score has
-also had its small part in phi: a row among M remembered ones counts itself 1/M too often.
+So a head that is sure moves a row that was never measured; a row that was measured can overrule it. The row's own score
+has also had its small part in phi: a row among M remembered ones counts itself 1/M too often.
 
-**Sampling.** Preconditioned SGLD (`safe_sched.posterior`) on the rows remembered: the last ``memory`` scored rows with their
-features; ``head_steps`` steps per optimiser step. The preconditioner is one number, one over a bound of the curvature, held
-fixed through the optimiser step::
+**Sampling.** Preconditioned SGLD (`safe_sched.posterior`) on the rows remembered: the last ``memory`` scored rows with
+their features; ``head_steps`` steps per optimiser step. The preconditioner is one number, one over a bound of the
+curvature, held fixed through the optimiser step::
 
     G = 1 / ( 1 + |dz/dphi|**2 sum over rows of c_i ),     c_i: curvature of u at the chains, at least 0.02
 
-Chains start as draws from the prior and come in pairs: the second starts as the mirror image of the first and gets the mirrored
-noise. Each is a chain of its own, and what the noise does to one of a pair it undoes to the other's logits, so a row that the
-head knows nothing about keeps the prior mean.
+Chains start as draws from the prior and come in pairs: the second starts as the mirror image of the first and gets the
+mirrored noise. Each is a chain of its own, and what the noise does to one of a pair it undoes to the other's logits, so
+a row that the head knows nothing about keeps the prior mean.
 
-**What is measured.** ``probe_share`` of the rows, picked by a hash of their slot, up to ``max_probes`` times each; other rows
-where the head has seen them and cannot decide. A row that head and scores are certain of (log-odds beyond 3) is left alone, but
-for one in twenty of those picked, so that a head that has gone wrong is found out.
+**What is measured.** ``probe_share`` of the rows, picked by a hash of their slot, up to ``max_probes`` times each;
+other rows where the head has seen them and cannot decide. A row that head and scores are certain of (log-odds beyond 3)
+is left alone, but for one in twenty of those picked, so that a head that has gone wrong is found out.
 
 ============  ==========================  =====
 symbol        name here                   unit
@@ -46,8 +47,8 @@ phi           ``phi``                     1
 z             mean ``logit``, ``spread``  nats
 ============  ==========================  =====
 
-Cost per optimiser step: O(batch + memory) times the width of the features, no pass of the model. Memory: ``memory`` rows of
-features, 13 bytes per row more than `BDS`.
+Cost per optimiser step: O(batch + memory) times the width of the features, no pass of the model. Memory: ``memory``
+rows of features, 9 bytes per row more than `BDS`.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class NeuralState(BDSState):
     The fields from ``feature_mean`` on have their sizes from the first features on; before that they are empty.
 
     Attributes:
-        logit, spread: float32 (slots,), mean and variance of the head's logit, as of the last time that the row was seen.
+        logit, spread: float32 (slots,), mean and variance of the head's logit, as of the last time that the row was
+            seen.
         known: bool (slots,), whether the head has seen the row.
         seen: Rows that the moments were taken over.
         turn: Place of the memory that is written next.
@@ -121,8 +123,8 @@ class NeuralBDS:
         features: ``"hidden"``: the last hidden state of the model that is trained, taken from the training forward;
             ``"encoder"``: a frozen sentence encoder's vector of the row's text, computed once per row.
         head: ``"linear"``, or ``"mlp"`` (16 hidden units, on 64 projections of the features where they are wider).
-        encoder: For ``features="encoder"``: a folder or a hub name that transformers' ``AutoModel`` reads, or a callable from
-            a list of texts to an array (texts, width).
+        encoder: For ``features="encoder"``: a folder or a hub name that transformers' ``AutoModel`` reads, or a
+            callable from a list of texts to an array (texts, width).
         evidence, reference, prior_share, prior_rows, max_probes: As in `safe_sched.BDS`.
         probe_share: Share of the rows to be measured, 0 to 1; the head decides for the others.
         energy: What phi is a posterior of, see above.
@@ -132,7 +134,8 @@ class NeuralBDS:
         head_steps: SGLD steps per optimiser step, >= 1.
         chains: How many, an even number.
         memory: Scored rows remembered, >= 1.
-        init_from: A saved `safe_sched.scorer.Scorer` to start from; its mean over the chains becomes the prior mean of phi.
+        init_from: A saved `safe_sched.scorer.Scorer` to start from; its mean over the chains becomes the prior mean of
+            phi.
         seed: Of the chains, and of which rows are measured.
 
     Raises:
@@ -169,7 +172,7 @@ class NeuralBDS:
     max_probes: Annotated[int, Field(ge=1, le=255)] = 3
     probe_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     energy: Literal["mixture", "weights"] = "mixture"
-    prior_std: Annotated[float, Field(gt=0)] = 2.0
+    prior_std: Annotated[float, Field(gt=0)] = 3.0
     temperature: Annotated[float, Field(ge=0)] = 1.0
     step_size: Annotated[float, Field(gt=0, le=1)] = 0.5
     head_steps: Annotated[int, Field(ge=1)] = 8
@@ -185,7 +188,7 @@ class NeuralBDS:
             )
         if self.encoder is not None and not (callable(self.encoder) or isinstance(self.encoder, str | Path)):
             raise OptionError(
-                f"NeuralBDS(encoder={self.encoder!r}); allowed: a folder, a hub name, or a callable from texts to an array"
+                f"NeuralBDS(encoder={self.encoder!r}); allowed: a folder, a hub name, a callable from texts to an array"
             )
         _ = self._rows  # its options are checked there
         if self.init_from is not None:
@@ -326,7 +329,7 @@ class NeuralBDS:
         return state.feature_mean.float(), (state.feature_squares / max(state.seen, 1)).float()
 
     def columns(self, state: NeuralState) -> dict[str, Tensor]:
-        """What the table says of every slot beside its weight; ``head_log_odds`` is the head's alone, harmful above 0."""
+        """What the table says of every slot; ``head_log_odds`` is the head's alone, in nats, harmful above 0."""
         p, low, high = harm(state.logit, state.spread, state.log_odds)
         return {
             "p_harmful": p,
@@ -361,7 +364,8 @@ class NeuralBDS:
         number = (mix64(slots + mix64(torch.tensor(self.seed))) & ((1 << 53) - 1)).double() / (1 << 53)
         picked = (number < self.probe_share) & ((log_odds < RESOLVED) | ~known | (number < _AUDIT * self.probe_share))
         fresh = (scored == 0) & (picked | (known & (log_odds < _OPEN)))
-        return fresh | ((scored > 0) & (scored < self.max_probes) & (log_odds < RESOLVED))
+        again = (scored > 0) & (scored < self.max_probes) & (log_odds < RESOLVED)
+        return fresh | again | self.doubtful(state, slots)
 
     def doubtful(self, state: NeuralState, slots: Tensor) -> Tensor:
         """See `safe_sched.types.Evidential.doubtful`: as in `BDS`."""
