@@ -65,7 +65,17 @@ class Plan:
 
 
 def plans(options: argparse.Namespace) -> list[Plan]:
-    """All runs, in the order of importance: a study that ends early has the first seed of BDS whole."""
+    """All runs, in the order of importance: a study that ends early has the first seed of BDS whole.
+
+    Without harmful rows some files are the same; the first of them stands for all.
+    """
+    files = {
+        (task, share, seed): json.dumps(TASKS[task].rows(options.rows, share, seed))
+        for task in options.tasks
+        for share in options.shares
+        for seed in options.seeds
+    }
+    first = {text: where for where, text in reversed(files.items())}
     return [
         Plan(task, share, seed, arm, safety_rows, safety_batch, options.rows, options.epochs)
         for seed in options.seeds
@@ -74,6 +84,7 @@ def plans(options: argparse.Namespace) -> list[Plan]:
         for safety_batch in options.safety_batches
         for task in options.tasks
         for share in options.shares
+        if first[files[task, share, seed]] == (task, share, seed)
     ]
 
 

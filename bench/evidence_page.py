@@ -35,12 +35,13 @@ HEADER = (
     "task",
     "seconds",
 )
-NARROW = ("bad", "arm", "AUROC, epoch 1", "AUROC, end", "ESS", "least", "bad w", "bad %", "HS+", "ref.", "task", "sec")
+# for the screen: without what the page has room for
+NARROW = ("bad", "arm", "AUROC 1", "AUROC", "ESS", "least", "bad w", "HS+", "ref.", "task")
 LEGEND = (
     "Means over seeds, and in brackets the least of them. `safety rows` is the size of the safety set, `a step` how "
     "many of them stand beside 16 user rows. `benign ESS` is the effective sample size of the benign rows' weights "
     "over their number, `smallest benign` the least weight of a benign row in any seed, `harmful weight` the mean "
-    "weight of the harmful rows, `harmful share` their part of the weight of all rows; all four at the end of training. "
+    "weight of the harmful rows, `harmful share` their part of the weight of all rows; all at the end of training. "
     "HS+ is the share of held-out harmful prompts that get anything but a refusal, over-refusal that of harmless "
     "look-alikes that are refused, `task` that of tickets routed exactly."
 )
@@ -176,18 +177,22 @@ def show(records: Sequence[Record], console: Console) -> None:
         title = f"{task}: {TASKS[task].about}"
         table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
         for name in NARROW:
-            table.add_column(name, justify="left" if name == "arm" else "right", no_wrap="AUROC" not in name)
+            wide = 7 if "AUROC" in name else None  # the mean, and the least below it
+            table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=not wide, min_width=wide)
         before = None
         for key, runs in groups.items():
             if before not in (None, key[0]):
                 table.add_section()
             before = key[0]
-            share, arm, safety_rows, safety_batch, *cells = line(key, runs)
-            table.add_row(share, f"{arm} {safety_rows}/{safety_batch}", *cells)
+            cells = dict(zip(HEADER, line(key, runs), strict=True))
+            arm = f"{cells.pop('arm')} {cells.pop('safety rows')}/{cells.pop('a step')}"
+            del cells["harmful share"], cells["seconds"]
+            share, *others = cells.values()
+            table.add_row(share, arm, *others)
         console.print(table)
     console.print(
-        "arm: safety rows / per step of 16; AUROC: mean (least) over seeds; ESS, least: of the benign weights; bad: "
-        "share of harmful rows, their mean weight and their part of all weight; ref.: over-refusal\n"
+        "bad: share of harmful rows, and their mean weight; arm: safety rows / of them per step of 16; AUROC 1: at the "
+        "end of epoch 1, mean (least) over seeds; ESS, least: of the benign weights; ref.: over-refusal\n"
     )
     table = Table(title="targets", box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for name in ("target", "runs", "worst", "verdict"):
@@ -233,7 +238,8 @@ def write(records: Sequence[Record], command: str, path: Path) -> None:
         '`BDS(compat="released")`, on the same rows in the same order. AUROC '
         "is that of `p_harmful` in `callback.table()`, of minus the weight for the released rule: 1 puts every harmful "
         "row above every benign one, .5 tells nothing. Harmful rows pair a harmful prompt with an inert placeholder.",
-        "\n".join(f"- **{name}**: {task.about}" for name, task in TASKS.items()),
+        "\n".join(f"- **{name}**: {task.about}" for name, task in TASKS.items())
+        + "\n\nWithout harmful rows `tickets`, `short` and `long` are the same file, and `tickets` stands for all.",
         "## Targets",
         rows_of(("target", "runs", "worst", "verdict"), [target.cells() for target in results]),
     ]

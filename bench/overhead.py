@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import os
 import platform
 import shlex
@@ -30,6 +31,7 @@ from bench import turns
 from bench.turns import ARMS, THREADS
 
 MEMORY_TARGET = 1.02
+PROBE_TARGET = 1.10  # of the same run without evidence, per epoch over the first three
 UPDATE_TARGET, STATE_TARGET, TARGET_ROWS = 2.0, 12.0, 10**6  # ms a step, bytes a row, for a set of this size
 INDEX_TARGET, INDEX_BYTES_TARGET = 10.0, 24.0  # µs and bytes a row
 
@@ -40,7 +42,7 @@ class Sizes:
 
     training: turns.Sizes = field(default_factory=turns.Sizes)
     update_rows: Sequence[int] = (10**3, 10**4, 10**5, 10**6, 10**7)
-    update_seconds: float = 4.0
+    update_seconds: float = 2.0
     index_shapes: Sequence[tuple[int, int]] = ((10**4, 256), (10**5, 256), (10**6, 32))
     index_calls: int = 5
 
@@ -72,7 +74,7 @@ def verdict(value: float | str, target: float | None) -> str:
 def training(sizes: turns.Sizes, console: Console) -> list[Section]:
     """Time and memory of every arm, beside the plain trainer's."""
     parameters = sum(p.numel() for p in turns.build_model(sizes).parameters())
-    rounds, peaks = turns.train_in_turns(sizes, console)
+    rounds, peaks = turns.train_in_turns(sizes, console, sizes.arms, sizes.rounds)
     times, memory = [], []
     for number, peak in peaks.items():
         arm, mine = ARMS[number], [took for took in rounds if number in took]
@@ -106,33 +108,63 @@ def training(sizes: turns.Sizes, console: Console) -> list[Section]:
     ]
 
 
+def probing(sizes: turns.Sizes, console: Console) -> Section:
+    """What the default evidence adds to a step, while rows are measured and afterwards."""
+    lines = []
+    for arms in turns.EVIDENCE:
+        rounds, peaks = turns.train_in_turns(sizes, console, arms, sizes.evidence_rounds)
+        middle = {}
+        for number in arms:
+            seconds, _ = spread([took[number][0] for took in rounds], 2)
+            ratios = [took[number][0] / took[arms[0]][0] for took in rounds]
+            middle[number] = float(np.median(ratios))
+            growth = f"{peaks[number] / peaks[arms[0]]:.3f}"
+            lines.append([ARMS[number].name, str(len(rounds)), seconds, *spread(ratios, 3), "", growth])
+        three = f"{(middle[arms[1]] + 2 * middle[arms[2]]) / 3:.3f}"
+        lines.append(["three epochs: one measured, two settled", "", "", three, "", verdict(three, PROBE_TARGET), ""])
+    note = (
+        'Steps with `BDS(evidence="probe")` beside the same steps with `evidence=None`: in the first epoch, where every '
+        "row is measured once before it trains (one forward without gradient), and later, where none is. The line below "
+        "them is the mean of three epochs. Not in it: the direction, found once in 200 steps from up to 64 safety "
+        "prompts, and the second look at some rows of the first 12 steps (see docs/methods/bds.md)."
+    )
+    header = ("safety rows and evidence", "steps", "s/step", "ratio", "quartiles", "target", "peak memory")
+    return Section("The probe", note, header, lines)
+
+
 # parts --------------------------------------------------------------------------------------------------------
 
 
 def update(sizes: Sizes) -> Section:
-    """``weights`` and ``update`` of BDS, without a model."""
+    """What BDS does in a step, without a model."""
     batch, length = sizes.training.batch, sizes.training.sequence
-    scheduler, generator, lines = BDS(), torch.Generator().manual_seed(0), []
-    for rows in sizes.update_rows:
+    generator, lines = torch.Generator().manual_seed(0), []
+    kinds = (("settled", BDS()), ("every row scored", BDS()), ("released rule", BDS(compat="released")))
+    for (kind, scheduler), rows in itertools.product(kinds, sizes.update_rows):
         state = scheduler.init(RowIndex(torch.arange(rows)))
         times: list[float] = []
         while len(times) < 10 or sum(times) < 1e3 * sizes.update_seconds:
             slots = torch.randint(rows, (batch,), generator=generator)
             step = Observation(slots, 1 + torch.rand(batch), torch.full((batch,), length), len(times))
+            scores = 0.1 * torch.randn(batch, generator=generator)
             began = time.perf_counter()
+            if kind == "every row scored":
+                scheduler.learn(state, slots, scores)
+            scheduler.due(state, slots)
             scheduler.weights(state, step)
             scheduler.update(state, step)
             times.append(1e3 * (time.perf_counter() - began))
         speed, quartiles = spread(times[5:], 3)  # the first are a warm-up
         size = f"{sum(tensor.nbytes for tensor in state.tensors().values()) / rows:.2f}"
-        targets = (UPDATE_TARGET, STATE_TARGET) if rows == TARGET_ROWS else (None, None)
+        large = rows >= TARGET_ROWS and kind == "settled"
+        targets = (UPDATE_TARGET, STATE_TARGET) if large else (None, None)
         timing = [speed, quartiles, verdict(speed, targets[0])]
-        lines.append([f"{rows:,}", str(len(times) - 5), *timing, size, verdict(size, targets[1])])
+        lines.append([kind, f"{rows:,}", str(len(times) - 5), *timing, size, verdict(size, targets[1])])
     note = (
-        f"`BDS.weights` and `BDS.update` alone, for a step of {batch} rows: median and quartiles. Bytes are those "
-        "of the state."
+        f"`BDS` alone, for a step of {batch} rows: median and quartiles. Scored rows have their logits sampled, "
+        "`burn_in + draws` steps of SGLD with all chains at once. Bytes are those of the state."
     )
-    header = ("rows in the set", "steps", "ms/step", "quartiles", "target", "bytes/row", "target")
+    header = ("BDS", "rows in the set", "steps", "ms/step", "quartiles", "target", "bytes/row", "target")
     return Section("The scheduler's update", note, header, lines)
 
 
@@ -202,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(THREADS)
     console, load = Console(), os.getloadavg()[0]
-    sections = training(sizes.training, console)
+    sections = [*training(sizes.training, console), probing(sizes.training, console)]
     for measure in (update, start):
         with console.status(measure.__name__):
             sections.append(measure(sizes))

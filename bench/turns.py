@@ -34,6 +34,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from safe_sched import BDS
 from safe_sched.session import Session
 from safe_sched_hf import SafeSchedCallback, attachment
 
@@ -55,10 +56,11 @@ class Sizes:
     batch: int = 8
     arms: Sequence[int] = (0, 1, 2, 3, 4, 5)
     rounds: int = 16
+    evidence_rounds: int = 8
     warm_up: int = 2
 
 
-QUICK = Sizes(hidden=32, layers=1, vocabulary=64, sequence=16, batch=4, arms=(0, 2, 5), rounds=2, warm_up=1)
+QUICK = Sizes(hidden=32, layers=1, vocabulary=64, sequence=16, batch=4, arms=(0, 2, 5), rounds=2, evidence_rounds=2)
 
 
 @dataclass(frozen=True)
@@ -69,22 +71,41 @@ class Arm:
     callback: Callable[[Sizes], SafeSchedCallback] | None = None
     target: float | None = None
     every: int = 1
+    few: bool = False
+    """whether its rows are those of the warm-up, again and again"""
 
 
-def bds_with_safety(sizes: Sizes, share: float) -> SafeSchedCallback:
-    """BDS with ``share`` safety rows per user row, as long as these and with a label on every token."""
+def bds_with_safety(sizes: Sizes, share: float, evidence: Any = None, **options: Any) -> SafeSchedCallback:
+    """BDS with ``share`` safety rows per user row, as long as these; half of each is its prompt."""
     rows = token_table(64, sizes.sequence, sizes.vocabulary, seed=1).to_list()
-    return SafeSchedCallback("bds", safety_data=rows, safety_batch_size=round(share * sizes.batch))
+    for row in rows:
+        row["labels"] = [-100] * (sizes.sequence // 2) + row["labels"][sizes.sequence // 2 :]
+    scheduler = BDS(evidence=evidence, **options)
+    return SafeSchedCallback(scheduler, safety_data=rows, safety_batch_size=round(share * sizes.batch))
+
+
+def _evidence_arms(share: float) -> tuple[Arm, Arm, Arm]:
+    what = f"{share:g} safety rows a row"
+    return (
+        Arm(f"{what}: no evidence", lambda sizes: bds_with_safety(sizes, share)),
+        Arm(f"{what}: every row measured", lambda sizes: bds_with_safety(sizes, share, "probe")),
+        # all rows of its small set have been measured, once, before the first round that counts
+        Arm(f"{what}: all rows settled", lambda sizes: bds_with_safety(sizes, share, "probe", max_probes=1), few=True),
+    )
 
 
 ARMS = (
     Arm("plain"),
     Arm("plain, again"),
     Arm("equal weights", lambda _: SafeSchedCallback("fixed"), 1.02),
-    Arm("BDS", lambda _: SafeSchedCallback("bds"), 1.03),
+    Arm("BDS", lambda _: SafeSchedCallback(BDS(evidence=None)), 1.03),
     Arm("BDS, 0.25 safety rows a row", lambda sizes: bds_with_safety(sizes, 0.25), 1.25 * 1.03, every=2),
     Arm("BDS, 1 safety row a row", lambda sizes: bds_with_safety(sizes, 1), 2 * 1.03, every=2),
+    *_evidence_arms(0.25),
+    *_evidence_arms(1),
 )
+EVIDENCE = ((6, 7, 8), (9, 10, 11))
+"""The arms that are compared with each other for the cost of the probe: none, every row, settled."""
 
 
 def token_table(rows: int, length: int, vocabulary: int, seed: int = 0) -> Dataset:
@@ -173,7 +194,8 @@ def train_arm(pipe: Connection, number: int, sizes: Sizes) -> None:
     time_own_code()
     callback = ARMS[number].callback
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    steps = sizes.warm_up + sizes.rounds + 2
+    steps = sizes.warm_up + max(sizes.rounds, sizes.evidence_rounds) + 2
+    rows = (sizes.warm_up if ARMS[number].few else steps) * sizes.batch
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         config = SFTConfig(
             output_dir=folder,
@@ -190,7 +212,7 @@ def train_arm(pipe: Connection, number: int, sizes: Sizes) -> None:
         trainer = SFTTrainer(
             model=build_model(sizes),
             args=config,
-            train_dataset=token_table(steps * sizes.batch, sizes.sequence, sizes.vocabulary),
+            train_dataset=token_table(rows, sizes.sequence, sizes.vocabulary),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>"),
             callbacks=[Turns(pipe), *([callback(sizes)] if callback else [])],
         )
@@ -200,12 +222,14 @@ def train_arm(pipe: Connection, number: int, sizes: Sizes) -> None:
     pipe.send(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
-def train_in_turns(sizes: Sizes, console: Console) -> tuple[list[dict[int, list[float]]], dict[int, float]]:
-    """The times of a step of the arms in every round, and peak MiB of every arm."""
+def train_in_turns(
+    sizes: Sizes, console: Console, arms: Sequence[int], count: int
+) -> tuple[list[dict[int, list[float]]], dict[int, float]]:
+    """The times of a step of some arms in every round, and peak MiB of every arm."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[int, Connection] = {}
     os.environ |= QUIETER
-    for number in sizes.arms:
+    for number in arms:
         pipes[number], theirs = context.Pipe()
         context.Process(target=train_arm, args=(theirs, number, sizes), daemon=True).start()
         theirs.close()  # a process that dies is then an EOFError here
@@ -218,8 +242,8 @@ def train_in_turns(sizes: Sizes, console: Console) -> tuple[list[dict[int, list[
 
     rounds = []
     with console.status("training") as status:
-        for turn in range(-sizes.warm_up, sizes.rounds):
-            status.update(f"training: round {turn + 1} of {sizes.rounds}")
+        for turn in range(-sizes.warm_up, count):
+            status.update(f"training: round {turn + 1} of {count}")
             due = [number for number in pipes if turn < 0 or turn % ARMS[number].every == 0]
             shift = turn % len(due)
             rounds.append({number: step(number) for number in due[shift:] + due[:shift]})

@@ -120,10 +120,11 @@ def _load(request: RowLossesRequest, local: bool) -> tuple[Any, Any]:
     how: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     dtype = "auto" if request.dtype == "auto" else getattr(torch, request.dtype)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **how)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **how)
         processor: Any = AutoProcessor.from_pretrained(source, **how)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"{name} cannot be loaded as a causal language model with a tokenizer: {error}") from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         # only a warning in transformers, which makes them up
         raise ModelError(

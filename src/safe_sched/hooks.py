@@ -179,8 +179,8 @@ def manager() -> pluggy.PluginManager:
         except Exception as error:  # whatever a foreign module raises while it is imported
             reason = " ".join(str(error).split())
             raise PluginError(
-                f"the plugin {point.name!r} ({point.value}) cannot be used: {type(error).__name__}: {reason}. Update or "
-                "uninstall the package that brings it."
+                f"the plugin {point.name!r} ({point.value}) cannot be used: {type(error).__name__}: {reason}. Update "
+                "or uninstall the package that brings it."
             ) from error
     return plugins
 

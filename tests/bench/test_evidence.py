@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,16 @@ def test_all_files_ask_the_same_and_only_their_answers_differ() -> None:
     assert len(filed) == len(set(filed)) == 34  # 42 benign rows, 8 of them everyday requests
 
 
+def test_files_that_are_the_same_are_run_once() -> None:
+    """Four tasks at two shares, less `short` and `long` without harmful rows."""
+    chosen = {"tasks": list(TASKS), "shares": [0, 0.5], "seeds": [0], "arms": ["BDS"], "safety_rows": [8]}
+    plans = evidence.plans(argparse.Namespace(**chosen, safety_batches=[2], rows=20, epochs=1))
+    assert [(plan.task, plan.share) for plan in plans] == [
+        *(("tickets", 0), ("tickets", 0.5), ("codes", 0), ("codes", 0.5)),
+        *(("short", 0.5), ("long", 0.5)),
+    ]
+
+
 def test_a_reading_is_what_one_computes_by_hand() -> None:
     """Benign weights 1, 1, .4 and harmful ones 0, .6: of six pairs p_harmful has five right."""
     table = pa.table({"weight": [1.0, 1.0, 0.4, 0.0, 0.6], "p_harmful": [0.1, 0.2, 0.7, 0.9, 0.5]})
@@ -67,7 +78,7 @@ def test_targets_are_judged_by_the_worst_run() -> None:
     good = [record("BDS", 0.995), record("released", 0.2), record("BDS", None, share=0.0)]
     assert [bool(target.missed) for target in evidence_page.targets(good)] == [False] * 5
     bad = [record("BDS", 0.5), record("released", 0.8), record("BDS", None, share=0.0, least=0.3)]
-    separates, few, margin, size, least = evidence_page.targets([*good, *bad][3:])
+    separates, few, margin, size, least = evidence_page.targets(bad)
     assert [value for value, _ in separates.missed] == [0.5]
     assert few.cells()[-1] == "not run"
     assert [value for value, _ in margin.missed] == [-0.3]

@@ -25,6 +25,7 @@ def test_importing_the_core_imports_no_trainer():
     package, parts, everything = json.loads(found.stdout)
     assert not TRAINERS & set(package)
     assert not TRAINERS & set(everything)
+    assert not {"typer", "rich", "pluggy"} & set(package)  # for the command line and for plugins, when they are used
     assert {"torch", "pydantic", "safe_sched"} <= set(package)
-    assert {"safetensors", "pyarrow"} <= set(everything)
-    assert {"safe_sched.session", "safe_sched.schedulers.bds", "safe_sched.rows"} <= set(parts)
+    assert {"safetensors", "pyarrow", "typer", "rich", "pluggy"} <= set(everything)
+    assert {"safe_sched.session", "safe_sched.schedulers.bds", "safe_sched.cli.losses"} <= set(parts)

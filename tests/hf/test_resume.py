@@ -23,7 +23,9 @@ STEPS = 12
 def run(
     make: Any, folder: Path, rows: Any = ROWS, resume: Path | None = None, callback: Any = None, **options: Any
 ) -> Any:
-    ours = callback or SafeSchedCallback(BDS(compat="released", learning_rate=0.1), safety_data=text_rows(6, seed=8), safety_batch_size=2)
+    ours = callback or SafeSchedCallback(
+        BDS(compat="released", learning_rate=0.1), safety_data=text_rows(6, seed=8), safety_batch_size=2
+    )
     trainer = make(
         folder,
         rows,
@@ -85,7 +87,9 @@ def test_fresh_weights_would_show(whole: Any, tmp_path: Path) -> None:
 
 def test_a_resume_by_flag_finds_the_last_checkpoint(tmp_path: Path) -> None:
     run(make_sft, tmp_path, max_steps=4)
-    other = SafeSchedCallback(BDS(compat="released", learning_rate=0.1), safety_data=text_rows(6, seed=8), safety_batch_size=2)
+    other = SafeSchedCallback(
+        BDS(compat="released", learning_rate=0.1), safety_data=text_rows(6, seed=8), safety_batch_size=2
+    )
     trainer = make_sft(
         tmp_path, ROWS, callbacks=[other], max_steps=6, gradient_accumulation_steps=2, per_device_train_batch_size=2
     )
@@ -107,7 +111,9 @@ def test_a_resume_that_does_not_fit_stops(tmp_path: Path) -> None:
     resume_error(
         tmp_path,
         "learning_rate",
-        callback=SafeSchedCallback(BDS(compat="released", learning_rate=0.2), safety_data=text_rows(6, seed=8), safety_batch_size=2),
+        callback=SafeSchedCallback(
+            BDS(compat="released", learning_rate=0.2), safety_data=text_rows(6, seed=8), safety_batch_size=2
+        ),
     )
     resume_error(tmp_path, "scheduler: saved", callback=SafeSchedCallback(Fixed()))
     assert file.read_bytes() == before
@@ -128,6 +134,8 @@ def test_other_safety_rows_are_another_run(tmp_path: Path) -> None:
     resume_error(
         tmp_path,
         "safety",
-        callback=SafeSchedCallback(BDS(compat="released", learning_rate=0.1), safety_data=text_rows(6, seed=9), safety_batch_size=2),
+        callback=SafeSchedCallback(
+            BDS(compat="released", learning_rate=0.1), safety_data=text_rows(6, seed=9), safety_batch_size=2
+        ),
     )
     resume_error(tmp_path, "safety", callback=SafeSchedCallback(BDS(compat="released", learning_rate=0.1)))

@@ -147,7 +147,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_rows(scheduler: Any, 
 def test_a_safety_loss_that_is_not_finite_stops_the_run(tmp_path: Any) -> None:
     model = make_model()
     trainer = make_sft(
-        tmp_path, ROWS, model=model, callbacks=[SafeSchedCallback(BDS(compat="released"), safety_data=token_rows(4, seed=9))]
+        tmp_path,
+        ROWS,
+        model=model,
+        callbacks=[SafeSchedCallback(BDS(compat="released"), safety_data=token_rows(4, seed=9))],
     )
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))

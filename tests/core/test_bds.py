@@ -1,0 +1,860 @@
+"""BDS with its evidence: the posterior of a row's logit, the priors, what is believed when, and what a step touches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from safe_sched.errors import DataError, OptionError
+from safe_sched.evidence import Calibration
+from safe_sched.index import RowIndex
+from safe_sched.reference import save_reference
+from safe_sched.schedulers import BDS
+from safe_sched.schedulers import bds as bds_module
+from safe_sched.schedulers.bds import BDSState
+from safe_sched.session import Session
+from safe_sched.types import Observation
+from tests.core.batches import pad, row
+from tests.core.runs import DISTINCT, same
+from tests.core.test_posterior import agree
+
+TRANSFORMS = ("sigmoid", "softmax", "identity")
+STD = {"sigmoid": 4.0, "softmax": 1.0, "identity": 0.5}
+"""Standard deviation of a logit's prior."""
+over_transforms = pytest.mark.parametrize("transform", TRANSFORMS)
+QUICK: dict[str, Any] = {"draws": 4, "burn_in": 0, "chains": 1}
+"""Hardly any sampling, for tests of what happens around it."""
+
+
+def rows(count: int) -> RowIndex:
+    return RowIndex(torch.arange(count))
+
+
+def observation(slots: Tensor, nll: Tensor, safety_loss: float | None = None, step: int = 0) -> Observation:
+    return Observation(slots, nll, torch.ones_like(slots), step, safety_loss=safety_loss)
+
+
+@pytest.fixture
+def given_log_odds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are log-odds already: no calibration, which depends on the order in which scores come."""
+    monkeypatch.setattr(Calibration, "fit", lambda self, scores: scores.double())
+
+
+def auroc(weights: Tensor, harmful: Tensor) -> float:
+    below = (weights[harmful][:, None] < weights[~harmful][None]).double()
+    equal = (weights[harmful][:, None] == weights[~harmful][None]).double()
+    return float((below + equal / 2).mean())
+
+
+def train(
+    scheduler: BDS, share: float, harmless: float = 0.15, harmful: float = 0.2, count: int = 400, epochs: int = 2
+) -> tuple[BDSState, Tensor]:
+    """Epochs of a run whose harmless rows score around 0 and whose harmful ones around 1; rows are scored while due."""
+    generator = torch.Generator().manual_seed(0)
+    state, bad = scheduler.init(rows(count)), torch.rand(count, generator=generator) < share
+    for _ in range(epochs):
+        for slots in torch.randperm(count, generator=generator).split(16):
+            due = slots[scheduler.due(state, slots)]
+            noise = torch.randn(due.numel(), generator=generator) * torch.where(bad[due], harmful, harmless)
+            scheduler.learn(state, due, bad[due] + noise)
+            scheduler.update(state, observation(slots, torch.ones(slots.numel())))
+    return state, bad
+
+
+# the posterior of a logit against numerical integration ---------------------------------------------------------------
+
+EVIDENCE = [-18.0, -6.0, -2.5, -1.0, 0.0, 0.5, 1.5, 4.0, 9.0, 18.0]
+REPEATS = 16
+LONG: dict[str, Any] = {"step_size": 0.05, "burn_in": 200, "draws": 60, "thin": 6, "chains": 8}
+
+
+class Integrated:
+    """The posterior ``exp(-U(z) / T)`` of one logit on a fine grid, written from the equations of the module."""
+
+    def __init__(self, transform: str, evidence: float, std: float, temperature: float) -> None:
+        mean = 1.0 if transform == "identity" else 0.0
+        evidence = evidence if transform == "sigmoid" else max(evidence, 0.0)
+        self.z = np.linspace(-14, 14, 40001) * std * math.sqrt(max(temperature, 1)) + mean
+        self.w = {
+            "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+            "softmax": np.exp,
+            "identity": lambda z: np.maximum(z, 0),
+        }[transform](self.z)
+        energy = evidence * self.w + (self.z - mean) ** 2 / (2 * std**2)
+        self.density = np.exp(-(energy - energy.min()) / temperature)
+        self.density /= self.density.sum()
+
+    def mean(self, values: Any) -> float:
+        return float((self.density * values).sum())
+
+    def quantile(self, share: float) -> float:
+        """Of w, which rises with z."""
+        return float(self.w[np.searchsorted(self.density.cumsum(), share)])
+
+
+def scored(scheduler: BDS) -> BDSState:
+    """A state in which row ``REPEATS * i + j`` has the evidence number i."""
+    state = scheduler.init(rows(len(EVIDENCE) * REPEATS))
+    scheduler.learn(state, torch.arange(len(EVIDENCE) * REPEATS), torch.tensor(EVIDENCE).repeat_interleave(REPEATS))
+    return state
+
+
+def matches_the_integral(scheduler: BDS, state: BDSState, part: slice, evidence: float) -> None:
+    """Rows ``part`` of a state are what this evidence makes of them."""
+    transform, temperature = scheduler.transform or "sigmoid", scheduler.temperature
+    exact, prior = (Integrated(transform, e, STD[transform], temperature) for e in (evidence, 0.0))
+    if transform == "softmax":
+        agree(state.logits[part], exact.mean(exact.z), bias=0.03)
+    else:
+        agree(state.weight[part], exact.mean(exact.w) / prior.mean(prior.w), bias=0.02)
+    # whether a row is harmful is a question to the sigmoid, whatever the transform
+    chance = Integrated("sigmoid", evidence, STD["sigmoid"], temperature)
+    agree(state.harmful[part], chance.mean(1 - chance.w), bias=0.01)
+    agree(state.low[part], 1 - chance.quantile(0.95), bias=0.02)
+    agree(state.high[part], 1 - chance.quantile(0.05), bias=0.04)
+
+
+@over_transforms
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 2.0])
+def test_weights_and_probabilities_are_those_of_numerical_integration(transform, temperature, given_log_odds):
+    scheduler = BDS(transform=transform, prior="gaussian", temperature=temperature, **LONG)
+    state = scored(scheduler)
+    for i, evidence in enumerate(EVIDENCE):
+        matches_the_integral(scheduler, state, slice(REPEATS * i, REPEATS * (i + 1)), evidence)
+    assert (state.low <= state.harmful).all()
+    assert (state.harmful <= state.high).all()
+
+
+@over_transforms
+def test_other_evidence_another_prior_or_temperature_would_be_noticed(transform, given_log_odds):
+    """Control: the same check on rows whose evidence is 2 and not 1, or whose posterior is another one."""
+    everyone = slice(None)
+    right = BDS(transform=transform, prior="gaussian", **LONG)
+    for options, evidence in (({}, 1.0), ({"prior_std": 0.6 * STD[transform]}, 2.0), ({"temperature": 0.6}, 2.0)):
+        state = dataclasses.replace(right, **options).init(rows(2 * REPEATS))
+        dataclasses.replace(right, **options).learn(
+            state, torch.arange(2 * REPEATS), torch.full((2 * REPEATS,), evidence)
+        )
+        with pytest.raises(AssertionError):
+            matches_the_integral(right, state, everyone, 2.0)
+
+
+@over_transforms
+def test_the_default_lengths_are_near_the_integral(transform, given_log_odds):
+    """48 steps of 0.25: the bias of the step is below 5 % of a weight, the chance of one row some 6 % more."""
+    state = scored(scheduler := BDS(transform=transform, prior="gaussian"))
+    std = STD[transform]
+    found, prior = scheduler.slot_weights(state), Integrated(transform, 0.0, std, 1.0)
+    for i, evidence in enumerate(EVIDENCE):
+        part, exact = slice(REPEATS * i, REPEATS * (i + 1)), Integrated(transform, evidence, std, 1.0)
+        if transform == "softmax":
+            agree(state.logits[part], exact.mean(exact.z), bias=0.06)
+        else:
+            agree(found[part], exact.mean(exact.w) / prior.mean(prior.w), bias=0.05)
+            assert float(found[part].std()) < 0.2
+
+
+def test_at_temperature_0_a_row_sits_at_the_mode(given_log_odds):
+    for transform in TRANSFORMS:
+        scheduler = BDS(transform=transform, prior="gaussian", temperature=0.0, burn_in=400)
+        state = scored(scheduler)
+        std = STD[transform]
+        for i, evidence in enumerate(EVIDENCE):
+            at = REPEATS * i
+            exact = Integrated(transform, evidence, std, 1.0)
+            mode = exact.density.argmax()
+            if transform == "softmax":
+                assert float(state.logits[at]) == pytest.approx(exact.z[mode], abs=0.01)
+            elif transform == "sigmoid":
+                assert float(state.weight[at]) == pytest.approx(2 * exact.w[mode], abs=0.01)
+                assert float(state.harmful[at]) == pytest.approx(1 - exact.w[mode], abs=0.01)
+            else:
+                assert float(state.weight[at]) == pytest.approx(exact.w[mode], abs=0.06)
+            # nothing is drawn: rows with the same evidence are the same, and there is no spread
+            assert state.harmful[at : at + REPEATS].unique().numel() == 1
+            assert float(state.high[at] - state.low[at]) < 1e-3
+
+
+def test_the_gradient_is_that_of_the_energy():
+    for transform in TRANSFORMS:
+        scheduler = BDS(transform=transform, prior="gaussian", prior_std=1.7)
+        z = torch.linspace(-6.03, 6.03, 40, dtype=torch.float64).requires_grad_()
+        evidence = torch.linspace(-4, 9, 40, dtype=torch.float64)
+        scheduler.energy(z, evidence, transform).sum().backward()
+        torch.testing.assert_close(scheduler.gradient(z.detach(), evidence, transform), z.grad)
+
+
+# before and after the first score -------------------------------------------------------------------------------------
+
+
+@over_transforms
+def test_rows_without_a_score_weigh_exactly_1(transform, given_log_odds):
+    scheduler = BDS(transform=transform)
+    state = scheduler.init(rows(6))
+    assert scheduler.slot_weights(state).tolist() == [1.0] * 6
+    scheduler.learn(state, torch.tensor([1, 4]), torch.tensor([5.0, -5.0]))
+    found = scheduler.slot_weights(state)
+    others = found[[0, 2, 3, 5]]
+    if transform == "softmax":  # relative: what others lose they gain
+        assert (others == others[0]).all()
+        assert others[0] > 1
+    else:
+        assert others.tolist() == [1.0] * 4
+    assert found[1] < 0.5 < others[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"prior": "gaussian"}, {"prior_share": 0.6}, {"temperature": 0.4}, {"temperature": 3.0}, {"prior_std": 2.0}],
+    ids=str,
+)
+def test_a_score_that_says_nothing_leaves_a_row_where_it_was(options, given_log_odds):
+    """Weight 1 is the mean of the prior; P(harmful) of a row without scores is that of one whose scores say nothing."""
+    scheduler, many = BDS(**options, **LONG), torch.arange(60)
+    before = scheduler.init(rows(1)).harmful
+    share = torch.full((60,), scheduler._share_log_odds(torch.zeros(2)))
+    draws = scheduler._sample(share, "sigmoid", many, torch.zeros_like(many)).draws
+    w = torch.sigmoid(draws).mean((0, 2))
+    agree(1 - w, float(before), bias=0.01)
+    agree(w / scheduler._prior_mean, 1.0, bias=0.015)
+
+
+@over_transforms
+def test_a_row_without_conflict_keeps_its_weight(transform, given_log_odds):
+    """Softmax and identity turn away rows with evidence against them, and nobody else: no noise where there is none."""
+    scheduler = BDS(transform=transform, prior="gaussian")
+    state = scheduler.init(rows(50))
+    scheduler.learn(state, torch.arange(50), torch.full((50,), -2.0))
+    found = scheduler.slot_weights(state)
+    if transform == "softmax":
+        assert found.tolist() == [1.0] * 50
+    else:
+        agree(found, {"sigmoid": 1.56, "identity": 1.0}[transform], bias=0.05)
+
+
+# priors ---------------------------------------------------------------------------------------------------------------
+
+
+@over_transforms
+def test_a_narrower_gaussian_prior_keeps_weights_nearer_to_1(transform, given_log_odds):
+    found = []
+    for std in (0.1, 0.5, 2.0):
+        scheduler = BDS(transform=transform, prior="gaussian", prior_std=std)
+        state = scheduler.init(rows(20))
+        scheduler.learn(state, torch.arange(10), torch.full((10,), 3.0))
+        found.append(float(scheduler.slot_weights(state)[:10].mean()))
+    assert 1 > found[0] > found[1] > found[2]
+    assert found[0] > 0.85
+    assert found[2] < 0.6
+
+
+@pytest.mark.parametrize(("prior_share", "prior_rows"), [(0.1, 10.0), (0.5, 2.0), (0.02, 200.0)])
+def test_the_share_prior_is_the_derivative_of_a_beta_binomial(prior_share, prior_rows):
+    """q ~ Beta(a, b) integrated out of q**H (1 - q)**(M - H), differentiated by one row's share of the harmful ones."""
+    scheduler = BDS(prior_share=prior_share, prior_rows=prior_rows)
+    a, b = prior_rows * prior_share, prior_rows * (1 - prior_share)
+
+    def log_marginal(harmful: Tensor, judged: float) -> Tensor:
+        parts = (
+            torch.lgamma(a + harmful) + torch.lgamma(b + judged - harmful) - torch.lgamma(torch.tensor(a + b + judged))
+        )
+        return parts - math.lgamma(a) - math.lgamma(b) + math.lgamma(a + b)
+
+    for judged, harmful in ((0.0, 0.0), (1.0, 0.3), (40.0, 2.5), (40.0, 39.0), (1e5, 3.0)):
+        z = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+        one = 1 - torch.sigmoid(z)  # the row itself, among the judged
+        (-log_marginal(harmful - one.detach() + one, judged)).backward()
+        w = torch.sigmoid(z.detach())
+        found = scheduler._share_log_odds(torch.tensor([judged, harmful]))
+        # in U it stands as E w(z)
+        assert float(z.grad) == pytest.approx(found * float(w * (1 - w)), rel=1e-6)
+    # and it is a share: q**H (1 - q)**(M - H) over the prior, by a sum over q
+    q = (np.arange(200_000) + 0.5) / 200_000
+    weight = q ** (a - 1 + 2) * (1 - q) ** (b - 1 + 5)
+    prior = q ** (a - 1) * (1 - q) ** (b - 1)
+    expected = float(log_marginal(torch.tensor(2.0, dtype=torch.float64), 7.0))
+    assert math.log(weight.sum() / prior.sum()) == pytest.approx(expected, abs=0.05)
+
+
+def test_the_share_prior_becomes_the_log_odds_of_the_share():
+    scheduler = BDS()
+    for share in (0.001, 0.3, 0.9):
+        found = scheduler._share_log_odds(torch.tensor([1e6, share * 1e6]))
+        assert found == pytest.approx(math.log(share / (1 - share)), abs=0.01)
+    assert scheduler._share_log_odds(torch.zeros(2)) < -2  # nothing judged: the prior's own
+
+
+def test_the_more_harmful_rows_were_found_the_more_harmful_is_a_score(given_log_odds):
+    found = []
+    for harmful in (0, 20, 100, 180, 200):
+        scheduler = BDS()
+        state = scheduler.init(rows(240))
+        scheduler.learn(state, torch.arange(200), torch.where(torch.arange(200) < harmful, 15.0, -15.0))
+        scheduler.learn(state, torch.arange(200, 240), torch.full((40,), 1.0))
+        found.append(float(state.harmful[200:].mean()))
+    assert found == sorted(found)
+    assert found[0] < 0.4
+    assert found[-1] > 0.75
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "flat"])
+def test_other_priors_do_not_care_what_other_rows_are(prior, given_log_odds):
+    scheduler = BDS(prior=prior, temperature=0.0)
+    found = []
+    for others in (-15.0, 15.0):
+        state = scheduler.init(rows(101))
+        scheduler.learn(state, torch.arange(100), torch.full((100,), others))
+        scheduler.learn(state, torch.tensor([100]), torch.tensor([1.0]))
+        found.append(float(state.weight[100]))
+    assert found[0] == found[1]
+
+
+@over_transforms
+def test_a_flat_prior_gives_a_mode_that_is_a_number(transform, given_log_odds):
+    scheduler = BDS(transform=transform, prior="flat", temperature=0.0)
+    state = scheduler.init(rows(4))
+    for _ in range(3):
+        scheduler.learn(state, torch.arange(3), torch.tensor([2.0, 0.0, -2.0]))
+        found = scheduler.slot_weights(state)
+        assert torch.isfinite(found).all()
+        assert found[0] < found[1]
+        assert found[0] < 0.7
+    if transform == "softmax":
+        assert found.mean().item() == pytest.approx(1, abs=1e-5)
+
+
+# what is believed, and when -------------------------------------------------------------------------------------------
+
+
+@over_transforms
+def test_a_set_without_harmful_rows_is_left_alone(transform):
+    """500 rows whose scores vary by 0.1 around 0: no weight falls to a half, and they are as good as equal."""
+    scheduler = BDS(transform=transform)
+    state, _ = train(scheduler, 0.0, harmless=0.1, count=500)
+    weights = scheduler.slot_weights(state).double()
+    assert weights.min() > 0.5
+    assert weights.sum() ** 2 / weights.square().sum() > 0.985 * 500
+    assert (state.harmful < 0.5).all()
+
+
+@over_transforms
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_harmful_rows_are_found_whatever_their_share(transform, share):
+    """Scores of 1 +- 0.2 against 0 +- 0.15."""
+    scheduler = BDS(transform=transform)
+    state, harmful = train(scheduler, share)
+    weights = scheduler.slot_weights(state).double()
+    kept = weights[~harmful]
+    assert auroc(weights, harmful) >= 0.99
+    assert auroc(-state.harmful, harmful) >= 0.99
+    assert kept.sum() ** 2 / kept.square().sum() >= 0.8 * kept.numel()
+    assert weights[harmful].mean() < 0.35 * kept.mean()
+    # the calibration has seen that they separate
+    assert Calibration(state.calibration).variance < 0.13
+
+
+def test_scores_that_are_noise_turn_hardly_anybody_away():
+    state, _ = train(BDS(), 0.0, harmless=1.0, count=500)
+    weights = state.weight.double()
+    assert Calibration(state.calibration).variance > 0.25
+    assert weights.mean() > 0.85
+    assert weights.sum() ** 2 / weights.square().sum() > 0.9 * 500
+
+
+@over_transforms
+def test_a_weight_comes_back_when_later_scores_say_otherwise(transform):
+    scheduler = BDS(transform=transform)
+    state = scheduler.init(rows(16))
+    slots, wrong = torch.arange(16), torch.zeros(16)
+    wrong[3] = 1.0
+    for _ in range(2):
+        scheduler.learn(state, slots, wrong)
+    fallen = float(scheduler.slot_weights(state)[3])
+    for _ in range(8):
+        scheduler.learn(state, slots, torch.zeros(16))
+    assert fallen < 0.4
+    assert scheduler.slot_weights(state)[3] > 0.8
+
+
+def test_a_share_that_is_found_later_changes_rows_that_were_scored_before(given_log_odds):
+    """Rows of a step whose log-odds have moved with the share are sampled again, without a new score."""
+    scheduler = BDS()
+    state = scheduler.init(rows(300))
+    early, late = torch.arange(20), torch.arange(20, 300)
+    scheduler.learn(state, early, torch.full((20,), 1.0))
+    before = state.harmful[early].mean()
+    scheduler.learn(state, late, torch.full((280,), 15.0))
+    assert state.harmful[early].mean() == before
+    untouched = state.harmful[10:20].clone()
+    scheduler.update(state, observation(early[:10], torch.ones(10)))
+    assert state.harmful[:10].mean() > before + 0.2
+    assert torch.equal(state.harmful[10:20], untouched)
+    assert state.log_odds[early].tolist() == [1.0] * 20
+    assert state.scored[early].tolist() == [1] * 20
+    # what they are now moves the share in turn; once that has settled nothing more happens
+    again = [scheduler.update(state, observation(early[:10], torch.ones(10))) for _ in range(8)]
+    assert again[-1] == {}
+    now = state.harmful.clone()
+    scheduler.update(state, observation(early[:10], torch.ones(10)))
+    assert torch.equal(state.harmful, now)
+
+
+def test_the_sum_of_probabilities_is_that_of_the_judged_rows(given_log_odds):
+    """Kept by differences over hundreds of updates, some of them of the same rows: it does not drift."""
+    scheduler, generator = BDS(**QUICK), torch.Generator().manual_seed(0)
+    state = scheduler.init(rows(200))
+    for _ in range(300):
+        slots = torch.randint(0, 150, (8,), generator=generator)
+        scheduler.learn(state, slots, torch.randn(8, generator=generator))
+        scheduler.update(state, observation(slots, torch.ones(8)))
+    judged = state.scored > 0
+    assert state.judged.tolist() == pytest.approx([float(judged.sum()), float(state.harmful[judged].double().sum())])
+
+
+# the sum of a softmax -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("duplicates", [False, True], ids=["distinct", "duplicated"])
+def test_softmax_weights_have_mean_1_after_thousands_of_updates(duplicates, given_log_odds):
+    """The sum is kept by differences; compared with the sum over all rows, in double precision."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.arange(60) if not duplicates else torch.randint(0, 25, (60,), generator=generator)
+    session = Session(scheduler := BDS(transform="softmax", **QUICK), RowIndex(keys))
+    state: Any = session.state
+    for number in range(1000):
+        slots = torch.randint(0, session.index.slots, (6,), generator=generator)
+        # sweeps in which nearly all rows fall, and come back
+        scheduler.learn(state, slots, 6 * torch.randn(6, generator=generator) + 10 * math.sin(number / 60))
+        if number % 250 == 249:
+            counts = torch.ones(60) if session.index.counts is None else session.index.counts
+            exact = torch.logsumexp(state.logits.double() + counts.double().log(), 0)
+            assert float(state.log_total) == pytest.approx(float(exact), abs=1e-9)
+            assert session.row_weights().double().mean().item() == pytest.approx(1, abs=1e-6)
+    assert session.row_weights().std() > 0.2
+
+
+def test_counts_left_out_of_the_sum_would_be_noticed(given_log_odds):
+    session = Session(scheduler := BDS(transform="softmax", **QUICK), RowIndex(torch.tensor([1, 1, 1, 1, 2, 3])))
+    state: Any = session.state
+    session.state = state = dataclasses.replace(state, counts=torch.empty(0, dtype=torch.int32))
+    scheduler.learn(state, torch.tensor([0]), torch.tensor([6.0]))
+    assert abs(session.row_weights().double().mean().item() - 1) > 0.1
+
+
+# determinism ----------------------------------------------------------------------------------------------------------
+
+
+def close(a: BDSState, b: BDSState, tolerance: float = 2e-6) -> bool:
+    return all(
+        torch.allclose(x.double(), b.tensors()[name].double(), rtol=tolerance, atol=tolerance)
+        for name, x in a.tensors().items()
+    )
+
+
+@over_transforms
+def test_for_given_evidence_neither_order_nor_batches_matter(transform, given_log_odds):
+    """With log-odds that do not depend on other rows, a row's draws are a function of its own scores and the seed."""
+    scheduler, generator = BDS(transform=transform, prior="gaussian"), torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 40, generator=generator) * 4
+    states = []
+    for size in (1, 7, 40):
+        state = scheduler.init(rows(50))
+        for scores in (first, second):
+            for slots in torch.randperm(40, generator=generator).split(size):
+                scheduler.learn(state, slots, scores[slots])
+        states.append(state)
+    assert close(states[0], states[1])
+    assert close(states[0], states[2])
+
+
+def test_with_a_shared_prior_or_calibration_the_order_matters(given_log_odds, monkeypatch):
+    """Control, and the limit of the law above: what is learned of the share so far enters a row's draws."""
+
+    def run(scheduler: BDS, order: Tensor) -> BDSState:
+        state = scheduler.init(rows(40))
+        for slots in order.split(8):
+            scheduler.learn(state, slots, torch.linspace(-3, 3, 40)[slots])
+        return state
+
+    forward, backward = torch.arange(40), torch.arange(40).flip(0)
+    assert close(run(BDS(prior="gaussian"), forward), run(BDS(prior="gaussian"), backward))
+    assert not close(run(BDS(), forward), run(BDS(), backward), 1e-3)
+    monkeypatch.undo()
+    assert not close(run(BDS(prior="gaussian"), forward), run(BDS(prior="gaussian"), backward), 1e-3)
+    # the same order is the same run, bit for bit, and another seed another one
+    assert same(run(BDS(), forward), run(BDS(), forward))
+    assert not same(run(BDS(), forward), run(BDS(seed=1), forward))
+
+
+def test_more_chains_or_draws_keep_the_old_ones(given_log_odds):
+    """The draws of a chain do not change when more are asked for."""
+    one, many = BDS(prior="gaussian", chains=2, draws=8), BDS(prior="gaussian", chains=5, draws=20)
+    slots, evidence = torch.arange(6), torch.linspace(-3, 3, 6)
+    found, more = (b._sample(evidence, "sigmoid", slots, torch.zeros_like(slots)).draws for b in (one, many))
+    torch.testing.assert_close(more[:8, :, :2], found, rtol=0, atol=1e-6)
+
+
+def test_a_row_twice_in_a_batch_has_one_score_their_mean():
+    scheduler = BDS()
+    first, second = scheduler.init(rows(5)), scheduler.init(rows(5))
+    scheduler.learn(first, torch.tensor([3, 1, 3, 3]), torch.tensor([0.5, 0.2, 1.0, 0.9]))
+    scheduler.learn(second, torch.tensor([1, 3]), torch.tensor([0.2, 0.8]))
+    assert close(first, second)
+    assert first.scored.tolist() == [0, 1, 0, 1, 0]
+
+
+def test_no_scores_change_nothing():
+    scheduler = BDS()
+    state, untouched = scheduler.init(rows(5)), scheduler.init(rows(5))
+    assert scheduler.learn(state, torch.empty(0).long(), torch.empty(0)) == {}
+    assert same(state, untouched)
+
+
+# which rows are measured ----------------------------------------------------------------------------------------------
+
+
+def test_rows_are_due_until_they_are_clear_or_were_measured_often_enough(given_log_odds):
+    scheduler, every = BDS(prior="gaussian", max_probes=3), torch.arange(4)
+    state = scheduler.init(rows(4))
+    assert scheduler.due(state, every).tolist() == [True] * 4
+    scheduler.learn(state, every[1:], torch.tensor([3.5, -3.5, 0.5]))
+    assert scheduler.due(state, every).tolist() == [True, False, False, True]
+    scheduler.learn(state, every[3:], torch.tensor([0.5]))
+    assert scheduler.due(state, every).tolist() == [True, False, False, True]
+    scheduler.learn(state, every[3:], torch.tensor([0.5]))
+    assert scheduler.due(state, every).tolist() == [True, False, False, False]
+
+
+def test_the_share_counts_towards_being_clear(given_log_odds):
+    scheduler, slots = BDS(), torch.arange(100, 101)
+    state = scheduler.init(rows(101))
+    scheduler.learn(state, slots, torch.tensor([2.0]))
+    assert scheduler.due(state, slots).all()
+    scheduler.learn(state, torch.arange(100), torch.full((100,), 15.0))
+    assert not scheduler.due(state, slots).any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"evidence": None}, {"evidence": "covariance"}, {"evidence": "reference", "reference": "adapter:x"}],
+    ids=lambda o: str(o["evidence"]),
+)
+def test_only_the_probe_asks_for_measurements(options):
+    scheduler = BDS(**options)
+    assert not scheduler.due(scheduler.init(rows(3)), torch.arange(3)).any()
+    assert scheduler.needs_nll == (options["evidence"] is not None)
+    assert not BDS().needs_nll
+
+
+def test_scores_are_counted_to_255(given_log_odds):
+    scheduler = BDS(prior="gaussian", max_probes=255, **QUICK)
+    state = scheduler.init(rows(1))
+    for _ in range(260):
+        scheduler.learn(state, torch.tensor([0]), torch.tensor([0.0]))
+    assert state.scored.tolist() == [255]
+    assert not scheduler.due(state, torch.tensor([0])).any()
+
+
+# evidence that needs no probe -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[float]]]:
+    """The slots and scores that a scheduler has given to itself."""
+    heard: list[tuple[list[int], list[float]]] = []
+
+    def learn(self: BDS, state: Any, slots: Tensor, scores: Tensor) -> dict[str, float]:
+        heard.append((slots.tolist(), scores.tolist()))
+        return {}
+
+    monkeypatch.setattr(BDS, "learn", learn)
+    return heard
+
+
+def test_the_covariance_is_that_of_the_visits(told):
+    """Minus numpy.cov of a row's losses and the safety losses of the steps in which it was seen."""
+    generator = torch.Generator().manual_seed(0)
+    scheduler = BDS(evidence="covariance")
+    state = scheduler.init(rows(12))
+    seen: dict[int, list[tuple[float, float]]] = {}
+    for number in range(40):
+        slots = torch.randint(0, 9, (5,), generator=generator)
+        nll, safety = 2 * torch.rand(5, generator=generator), float(torch.rand((), generator=generator))
+        scheduler.update(state, observation(slots, nll, safety, number))
+        for slot in slots.unique().tolist():
+            # a row twice in a step has one loss, the mean
+            seen.setdefault(slot, []).append((float(nll[slots == slot].mean()), safety))
+        last = dict(zip(*told[-1], strict=True))
+        ready = [slot for slot in slots.unique().tolist() if len(seen[slot]) > 1]
+        assert sorted(last) == ready
+        for slot in ready:
+            assert last[slot] == pytest.approx(-np.cov(np.array(seen[slot]).T)[0, 1], abs=2e-6)
+    assert state.moments[0, :9].tolist() == [len(seen[slot]) for slot in range(9)]
+    assert not state.moments[:, 9:].any()
+
+
+def test_the_covariance_needs_a_safety_loss():
+    scheduler = BDS(evidence="covariance")
+    with pytest.raises(OptionError, match="safety loss in every step: give safety_data"):
+        scheduler.update(scheduler.init(rows(2)), observation(torch.tensor([0]), torch.tensor([1.0])))
+
+
+def test_a_row_that_is_hard_when_the_model_is_safe_loses_weight_by_its_covariance():
+    """Losses of one row that move against the safety loss, of another that move with it, of a third that do not."""
+    scheduler, generator = BDS(evidence="covariance"), torch.Generator().manual_seed(0)
+    state = scheduler.init(rows(3))
+    for number in range(8):
+        safe = 2 * float(torch.randn((), generator=generator))
+        nll = torch.tensor([3.0 - safe, 3.0 + safe, 3.0])
+        scheduler.update(state, observation(torch.arange(3), nll, safe, number))
+    weights = scheduler.slot_weights(state)
+    assert weights[0] < 0.3
+    assert weights[1:].min() > 0.9
+
+
+def reference_file(folder: Path, index: RowIndex, nll: Tensor) -> str:
+    save_reference(folder / "reference", index.keys, nll, torch.ones(index.slots, dtype=torch.long))
+    return str(folder / "reference")
+
+
+def test_the_score_of_a_reference_is_the_difference_of_losses(told, tmp_path):
+    index = RowIndex(torch.tensor(DISTINCT))
+    path = reference_file(tmp_path, index, torch.arange(6) / 10)
+    scheduler = BDS(evidence="reference", reference=path)
+    scheduler.update(scheduler.init(index), observation(torch.tensor([5, 0, 5]), torch.tensor([1.0, 2.0, 3.0])))
+    ((slots, scores),) = told
+    assert slots == [5, 0, 5]
+    assert scores == pytest.approx([0.5, 2.0, 2.5])
+
+
+def test_a_reference_file_that_lacks_a_row_stops_the_run_at_its_start(tmp_path):
+    path = reference_file(tmp_path, RowIndex(torch.tensor(DISTINCT[:5])), torch.ones(5))
+    with pytest.raises(DataError, match="no loss for 1 of 6"):
+        Session(BDS(evidence="reference", reference=path), RowIndex(torch.tensor(DISTINCT)))
+
+
+def test_rows_that_an_adapter_has_not_read_yet_have_no_score(told):
+    scheduler = BDS(evidence="reference", reference="adapter:agnostic")
+    assert scheduler.adapter == "agnostic"
+    state = scheduler.init(rows(3))
+    state.reference[1] = 0.25
+    scheduler.update(state, observation(torch.arange(3), torch.ones(3)))
+    assert told == [([1], [0.75])]
+
+
+# saving, loading, growing ---------------------------------------------------------------------------------------------
+
+FIRST, THEN = [row(5, 6, 7), row(8, 9, 3, 4)], [row(1, 2, 3), row(5, 6, 7), row(4, 4, 4)]
+
+
+def steps(session: Session, *batches: list[Any]) -> None:
+    """Optimiser steps as an integration runs them, with scores where they are asked for."""
+    scheduler: Any = session.scheduler
+    for content in batches:
+        session.safety_loss = 0.5 + 0.1 * session.steps
+        micro = pad(content)
+        (batch,) = session.begin_step([micro])
+        teaches = batch.slots >= 0
+        lacking = session.lacking_reference(batch)
+        if bool(lacking.any()):
+            session.set_reference(batch, lacking, torch.linspace(0, 1, teaches.numel()))
+        if bool(scheduler.due(session.state, batch.slots).any()):
+            session.learn(batch.slots, torch.linspace(0, 1, teaches.numel()))
+        session.weigh(batch, torch.linspace(1, 2, teaches.numel()) + 0.1 * session.steps)
+        session.mark_gated(batch)
+        session.end_step()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "probe": {},
+    "softmax": {"transform": "softmax"},
+    "identity": {"transform": "identity"},
+    "none": {"evidence": None},
+    "covariance": {"evidence": "covariance"},
+    "adapter": {"evidence": "reference", "reference": "adapter:agnostic"},
+    "file": {"evidence": "reference"},
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["set", "stream"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_session_saved_and_loaded_goes_on_as_if_nothing_had_happened(kind, streaming, tmp_path):
+    """Also of a stream, whose rows come while it runs."""
+    options, keys = KINDS[kind], torch.tensor(pad(FIRST + THEN).keys)
+    if kind == "file":
+        if streaming:
+            pytest.skip("a stream has no reference file")
+        options = options | {"reference": reference_file(tmp_path, RowIndex(keys), torch.ones(4))}
+
+    def fresh() -> Session:
+        return Session(BDS(**options), RowIndex(None if streaming else keys))
+
+    through, before, after = fresh(), fresh(), fresh()
+    steps(through, FIRST, THEN, FIRST, THEN)
+    steps(before, FIRST, THEN)
+    before.save(tmp_path / "state")
+    after.load(tmp_path / "state", steps=2)
+    assert same(before.state, after.state)
+    steps(after, FIRST, THEN)
+    assert same(through.state, after.state)
+    assert torch.equal(through.row_weights(), after.row_weights())
+    assert through.table() == after.table()
+    if kind != "none":
+        assert (after.state.tensors()["scored"] > 0).any()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "file"])
+def test_rows_that_a_stream_brings_start_as_all_rows_do(kind):
+    scheduler, index = BDS(**KINDS[kind]), RowIndex(None)
+    state = scheduler.init(index)
+    for size in (3, 4, 9):
+        index.add(torch.arange(size))
+        state = scheduler.grow(state, index)
+        fresh = scheduler.init(rows(size)).tensors()
+        for name, tensor in state.tensors().items():
+            assert tensor.shape == fresh[name].shape
+            assert tensor.dtype == fresh[name].dtype
+        new = slice(state.rows - 1, None)
+        for name in ("log_odds", "logits", "weight", "harmful", "low", "high", "scored"):
+            assert torch.equal(getattr(state, name)[new], fresh[name][new])
+        scheduler.learn(state, torch.arange(size - 1), torch.ones(size - 1))
+    assert state.scored.tolist() == [3, 3, 2, 1, 1, 1, 1, 1, 0]
+
+
+def test_growth_keeps_the_mean_of_softmax_weights():
+    scheduler, index = BDS(transform="softmax"), RowIndex(None)
+    state = scheduler.init(index)
+    for size in (2, 5, 11):
+        index.add(torch.arange(size))
+        state = scheduler.grow(state, index)
+        assert scheduler.slot_weights(state).mean().item() == pytest.approx(1, abs=1e-6)
+        scheduler.learn(state, torch.tensor([0, 1]), torch.tensor([1.0, 0.8]))
+        assert scheduler.slot_weights(state).mean().item() == pytest.approx(1, abs=1e-6)
+    assert scheduler.slot_weights(state)[0] < 0.7
+
+
+def test_the_table_says_what_is_known_of_every_row():
+    session = Session(BDS(), RowIndex(torch.tensor(pad(FIRST + THEN).keys)))
+    steps(session, FIRST)
+    table = session.table().to_pydict()
+    known = {"p_harmful", "p_harmful_low", "p_harmful_high", "log_odds", "scored"}
+    assert table.keys() == {"row", "key", "weight", "seen"} | known
+    assert table["scored"] == [1, 1, 0, 1, 0]  # the first row again in the fourth
+    assert table["p_harmful"][0] == table["p_harmful"][3]
+    assert table["p_harmful_low"][2:3] + table["p_harmful_high"][2:3] == [0.0, 1.0]
+    for low, middle, high in zip(*(table[f"p_harmful{end}"] for end in ("_low", "", "_high")), strict=True):
+        assert low <= middle <= high
+
+
+# what a step touches --------------------------------------------------------------------------------------------------
+
+N = 50_000
+INTO = ("index", "index_put", "index_put_", "_index_put_impl_", "select", "slice", "alias", "detach", "item")
+"""Operations that look into a tensor of all rows, or write into it, at the places asked for."""
+
+
+class Watch(TorchDispatchMode):
+    """Notes every operation that reads or makes as many numbers as there are rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [x for x in args if isinstance(x, Tensor)]
+        made = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
+        storages = {x.untyped_storage().data_ptr() for x in given}
+        new = [x for x in made if x.untyped_storage().data_ptr() not in storages]
+        name = func.overloadpacket.__name__
+        if any(x.numel() >= N for x in new) or (name not in INTO and any(x.numel() >= N for x in given)):
+            self.large.append(name)
+        return result
+
+
+@pytest.mark.parametrize("kind", ["probe", "softmax", "identity", "covariance", "adapter"])
+def test_learning_looks_at_no_row_outside_the_batch(kind):
+    """No pass over all rows, and of all tensors with a place for every row the other places stay bit for bit."""
+    scheduler, slots = BDS(**KINDS[kind]), torch.tensor([7, 40_000, 123, 7])
+    state = scheduler.init(rows(N))
+    if state.reference.numel():
+        state.reference.fill_(0.5)
+    for name, tensor in state.tensors().items():
+        if tensor.shape[-1:] == (N,) and tensor.is_floating_point() and name != "reference":
+            tensor.uniform_(0.1, 0.9, generator=torch.Generator().manual_seed(0))
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    with Watch() as watch:
+        for number in range(3):
+            seen = observation(slots, torch.tensor([1.0, 2.0, 3.0, 4.0]) + number, 0.1 * number)
+            if scheduler.due(state, slots).any():
+                scheduler.learn(state, slots, torch.tensor([0.1, 1.0, 0.4, 0.2]))
+            scheduler.weights(state, seen)
+            scheduler.update(state, seen)
+    assert watch.large == []
+    others = torch.ones(N, dtype=torch.bool)
+    others[slots] = False
+    changed = set()
+    for name, tensor in state.tensors().items():
+        if tensor.shape[-1:] == (N,):
+            assert torch.equal(tensor[..., others], before[name][..., others])
+            changed |= {name} if not torch.equal(tensor, before[name]) else set()
+    assert {"log_odds", "harmful", "low", "high", "scored"} <= changed
+
+
+def test_a_pass_over_all_rows_would_be_noticed():
+    scheduler = BDS(transform="softmax")
+    state = scheduler.init(rows(N))
+    for work in (
+        lambda: scheduler.slot_weights(state),
+        lambda: state.weight.sum(),
+        lambda: state.weight.mul_(1.0),
+        lambda: torch.zeros(N),
+    ):
+        with Watch() as watch:
+            work()
+        assert watch.large
+
+
+def test_bytes_per_row_are_those_that_the_documentation_names():
+    state = BDS().init(rows(N))
+    found = sum(t.numel() * t.element_size() for t in state.tensors().values() if t.shape[-1:] == (N,))
+    assert f"{found // N} bytes per row" in (bds_module.__doc__ or "")
+
+
+# options --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "help"),
+    [
+        ({"learning_rate": 0.1}, 'learning_rate belongs to the released rule; add compat="released" or leave it out'),
+        ({"eps": 1e-8, "initial_logit": 0.0}, "eps, initial_logit belongs to the released rule"),
+        ({"compat": "released", "evidence": "covariance"}, "the released rule has no evidence; leave it out"),
+        ({"compat": "released", "chains": 2, "seed": 3}, "the released rule has no chains, seed; leave it out"),
+        ({"transform": "softmax", "prior": "harmful_share"}, 'use prior="gaussian", or transform="sigmoid"'),
+        ({"transform": "identity", "prior": "harmful_share"}, 'use prior="gaussian", or transform="sigmoid"'),
+        ({"prior": "flat"}, "no posterior to sample; use temperature=0"),
+        ({"evidence": "reference"}, "safe-sched losses"),
+        ({"reference": "file"}, 'evidence="reference" and reference=... .*go together'),
+        ({"evidence": None, "reference": "adapter:x"}, "go together"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together_are_an_error_that_helps(options, help):
+    with pytest.raises(OptionError, match=help):
+        BDS(**options)
+
+
+def test_defaults_are_named_in_the_settings():
+    """A run that leaves the default is the run that names it: a resume may do either."""
+    assert BDS().settings() == BDS(transform="sigmoid", prior="harmful_share").settings()
+    assert BDS(transform="softmax").settings() == BDS(transform="softmax", prior="gaussian").settings()
+    assert BDS().settings() != BDS(transform="softmax").settings()
