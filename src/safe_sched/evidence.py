@@ -69,12 +69,6 @@ class Calibration:
         squares, count = self.sums[2:].tolist()
         return (squares + _PRIOR_VARIANCE * _VARIANCE_ROWS) / (count + _VARIANCE_ROWS)
 
-    @property
-    def noise(self) -> float:
-        """The variance of recent scores alone, without the prior's caution: for telling a noisy time from a clear one."""
-        squares, count = self.sums[2:].tolist()
-        return (squares + _PRIOR_VARIANCE) / (count + 1)
-
     def log_odds(self, scores: Tensor) -> Tensor:
         """What each score says by itself: float64, of the same shape, within +-LIMIT."""
         mean = self.harmful_mean

@@ -125,7 +125,7 @@ class Direction:
                 f"the gradient of the refusal margin is {square}: the safety rows do not reach a trainable parameter, or the "
                 "model is not finite. Check that safety_data holds prompts with refusals, and train in float32 or bfloat16."
             )
-        self.scale = gain / square
+        self.scale, gained = gain / square, 0.0
         # 16-bit parameters swallow small changes: go further until those that remain add up to the gain
         for _ in range(12):
             gained = self._gained()

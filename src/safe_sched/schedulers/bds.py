@@ -82,7 +82,7 @@ class BDSState(State):
 
     Attributes:
         log_odds: float32 (slots,), the sum E of what its scores said.
-        logits: float32 (slots,), posterior mean of z; only the softmax reads it.
+        logits: float32 (slots,), posterior mean of z; only the softmax keeps it.
         weight: float32 (slots,), posterior mean of w, 1 before the first score; not used by the softmax.
         harmful: float32 (slots,), posterior probability of being harmful.
         low, high: float32 (slots,), its 5 % and 95 % quantiles.
@@ -174,7 +174,7 @@ class BDS:
     thin: Annotated[int, Field(ge=1)] = 1
     chains: Annotated[int, Field(ge=1)] = 8
     max_probes: Annotated[int, Field(ge=1, le=255)] = 3
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     compat: Literal["released"] | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
@@ -347,7 +347,7 @@ class BDS:
 
     def due(self, state: Any, slots: Tensor) -> Tensor:
         """Which rows are still open: bool (rows,)."""
-        if self.evidence != "probe" or self._released is not None:
+        if self.evidence != "probe":
             return torch.zeros(slots.numel(), dtype=torch.bool)
         unsure = self._total(state, slots).abs() < RESOLVED
         return (
@@ -359,9 +359,11 @@ class BDS:
     def doubtful(self, state: Any, slots: Tensor) -> Tensor:
         """Which rows should be measured again before they come by: bool (rows,).
 
-        Those that were not cleared in the first `EARLY` updates, once as many more are done: where the task is new to the
-        model, it is about to refuse harmless rows too.
+        Those that were not cleared in the first `EARLY` updates, once as many more are done: where the task is new to
+        the model, it is about to refuse harmless rows too.
         """
+        if self.evidence != "probe":
+            return torch.zeros(slots.numel(), dtype=torch.bool)
         seen = (state.scored[slots] > 0) & (state.scored[slots] < self.max_probes)
         early = (state.since[slots] < EARLY) & (state.steps >= 2 * EARLY)
         return seen & early & (self._total(state, slots) > -RESOLVED)

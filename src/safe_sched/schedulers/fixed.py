@@ -57,8 +57,8 @@ class Fixed:
     """
 
     name: ClassVar[str] = "fixed"
-    state_type: ClassVar[type[State]] = FixedState
-    needs_nll: ClassVar[bool] = False
+    state_type = FixedState
+    needs_nll = False
 
     values: Any = dataclasses.field(default=None, repr=False)
     keys: Any = dataclasses.field(default=None, repr=False)

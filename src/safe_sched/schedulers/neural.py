@@ -160,7 +160,6 @@ class NeuralBDS:
 
     name: ClassVar[str] = "neural_bds"
     needs_features: ClassVar[bool] = True
-    state_type: ClassVar[type[State]] = NeuralState
 
     features: FeatureKind = "hidden"
     head: HeadKind = "linear"
@@ -208,6 +207,11 @@ class NeuralBDS:
     @functools.cached_property
     def _start(self) -> Scorer | None:
         return None if self.init_from is None else Scorer.load(self.init_from)
+
+    @property
+    def state_type(self) -> type[State]:
+        """The class of its state."""
+        return NeuralState
 
     @property
     def needs_nll(self) -> bool:

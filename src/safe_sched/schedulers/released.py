@@ -97,8 +97,8 @@ class Released:
     """
 
     name: ClassVar[str] = "bds"
-    state_type: ClassVar[type[State]] = ReleasedState
-    needs_nll: ClassVar[bool] = True
+    state_type = ReleasedState
+    needs_nll = True
 
     transform: Literal["softmax", "sigmoid", "identity"] = "softmax"
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
