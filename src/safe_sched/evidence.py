@@ -25,7 +25,7 @@ LIMIT = 6.0
 """No single score says more than this: odds of e**6, about 400 to 1."""
 
 _MEMORY = 64.0  # scores that the fit remembers
-_PRIOR_VARIANCE, _VARIANCE_ROWS = 0.25, 32.0  # half way between the two means, as heavy as 32 scores
+_PRIOR_VARIANCE, _VARIANCE_ROWS = 0.25, 8.0  # half way between the two means, as heavy as 8 scores
 _PRIOR_MEAN, _MEAN_ROWS = 1.0, 8.0
 _LOWEST_MEAN, _HIGHEST_MEAN = 0.4, 8.0
 

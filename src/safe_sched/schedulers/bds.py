@@ -407,7 +407,12 @@ class BDS:
         each = torch.bincount(place).double()
         score = torch.zeros(slots.numel(), dtype=torch.float64).index_add_(0, place, scores.double()) / each
         calibration = Calibration(state.calibration)
-        state.log_odds[slots] += calibration.fit(score).float()
+        says = calibration.fit(score).float()
+        if self.evidence == "probe":
+            # a model that has learned to comply has nothing to lose: a low score clears a row the first time only
+            later = (state.scored[slots] > 0) & (state.since[slots] >= EARLY)
+            says = torch.where(later, says.clamp(min=0), says)
+        state.log_odds[slots] += says
         state.since[slots] = state.steps
         new = state.scored[slots] == 0
         state.harmful[slots[new]] = 0.0

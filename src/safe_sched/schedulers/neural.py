@@ -25,8 +25,8 @@ So a head that is sure moves a row that was never measured; a row that was measu
 has also had its small part in phi: a row among M remembered ones counts itself 1/M too often.
 
 **Sampling.** Preconditioned SGLD (`safe_sched.posterior`) on the rows remembered: the last ``memory`` scored rows with
-their features; ``head_steps`` steps per optimiser step. The preconditioner is one number, one over a bound of the
-curvature, held fixed through the optimiser step::
+their features; ``head_steps`` steps per optimiser step, on ``recall`` of them at random. The preconditioner is one
+number, one over a bound of the curvature, held fixed through the optimiser step::
 
     G = 1 / ( 1 + |dz/dphi|**2 sum over rows of c_i ),     c_i: curvature of u at the chains, at least 0.02
 
@@ -47,7 +47,7 @@ phi           ``phi``                     1
 z             mean ``logit``, ``spread``  nats
 ============  ==========================  =====
 
-Cost per optimiser step: O(batch + memory) times the width of the features, no pass of the model. Memory: ``memory``
+Cost per optimiser step: O(batch + recall) times the width of the features, no pass of the model. Memory: ``memory``
 rows of features, 9 bytes per row more than `BDS`.
 """
 
@@ -84,7 +84,7 @@ class NeuralState(BDSState):
     The fields from ``feature_mean`` on have their sizes from the first features on; before that they are empty.
 
     Attributes:
-        logit, spread: float32 (slots,), mean and variance of the head's logit, as of the last time that the row was
+        logit, spread: float32 (slots,), mean and variance of the head's logit, as of the last time the row was
             seen.
         known: bool (slots,), whether the head has seen the row.
         seen: Rows that the moments were taken over.
@@ -134,6 +134,8 @@ class NeuralBDS:
         head_steps: SGLD steps per optimiser step, >= 1.
         chains: How many, an even number.
         memory: Scored rows remembered, >= 1.
+        recall: Of these, how many an optimiser step samples phi with, >= 1; each stands for several where there are
+            more.
         init_from: A saved `safe_sched.scorer.Scorer` to start from; its mean over the chains becomes the prior mean of
             phi.
         seed: Of the chains, and of which rows are measured.
@@ -177,6 +179,7 @@ class NeuralBDS:
     head_steps: Annotated[int, Field(ge=1)] = 8
     chains: Annotated[int, Field(ge=2, multiple_of=2)] = 16
     memory: Annotated[int, Field(ge=1)] = 2048
+    recall: Annotated[int, Field(ge=1)] = 512
     init_from: str | Path | None = None
     seed: int = 0
 
@@ -394,8 +397,9 @@ class NeuralBDS:
         scored = state.scored[slots] > 0
         self._remember(state, slots[scored], features[scored])
         if state.remembered.numel():
-            metrics |= self._train(state)
-            rows, x = torch.cat([state.remembered, slots]), torch.cat([state.memory, features])
+            recalled = self.recalled(state)
+            metrics |= self._train(state, recalled)
+            rows, x = torch.cat([state.remembered[recalled], slots]), torch.cat([state.memory[recalled], features])
             state.logit[rows], state.spread[rows] = self._read(state, x)
         state.known[slots] |= state.trained > 0
         return metrics
@@ -425,11 +429,21 @@ class NeuralBDS:
         state.remembered[at], state.memory[at] = slots, features
         state.turn = (state.turn + slots.numel()) % self.memory
 
-    def _train(self, state: NeuralState) -> dict[str, float]:
+    def recalled(self, state: NeuralState) -> Tensor:
+        """Places of the memory that the coming update samples phi with: all, or ``recall`` of them at random."""
+        count = state.remembered.numel()
+        if count <= self.recall:
+            return torch.arange(count)
+        numbers = mix64(state.remembered + mix64(torch.tensor(state.trained + (self.seed << 32))))
+        return numbers.topk(self.recall).indices.sort().values
+
+    def _train(self, state: NeuralState, recalled: Tensor) -> dict[str, float]:
         head = self._head(state)
-        u, evidence = head.read(state.memory, *self._moments(state)), self._evidence(state)[:, None]
+        u = head.read(state.memory[recalled], *self._moments(state))
+        evidence = self._evidence(state)[recalled, None]
+        each = state.remembered.numel() / recalled.numel()  # rows that each one stands for
         curvature = self.curvature(head.logits(state.phi, u), evidence).mean(1).clamp(min=_LEAST_CURVATURE).sum()
-        precondition = 1 / (1 + head.slope * float(curvature))
+        precondition = 1 / (1 + head.slope * each * float(curvature))
         coordinates, sign = torch.arange(head.parameters), head.mirror()[:, None]
         visits = torch.full_like(coordinates, 1 + state.trained)
         if self.temperature:
@@ -438,13 +452,13 @@ class NeuralBDS:
         else:
             noise = state.phi.new_zeros(self.head_steps, 1, 1)
         for k in range(self.head_steps):
-            gradient = self.gradient(head, state.phi, state.prior, u, evidence)
+            gradient = self.gradient(head, state.phi, state.prior, u, evidence, each)
             state.phi = step(state.phi, gradient, precondition, self.step_size, self.temperature, noise[k])
         state.trained += self.head_steps
         mean, variance = head.moments(state.phi, u)
         harmful = evidence[:, 0] > mean
         return {
-            "head_rows": float(u.shape[0]),
+            "head_rows": float(state.remembered.numel()),
             "head_agrees": float((harmful == (mean < 0)).float().mean()),
             "head_spread": float(variance.sqrt().mean()),
         }
@@ -473,6 +487,8 @@ class NeuralBDS:
         bend = torch.sigmoid(z) * torch.sigmoid(-z)
         return evidence.abs() * bend if self.energy == "weights" else bend
 
-    def gradient(self, head: Head, phi: Tensor, prior: Tensor, u: Tensor, evidence: Tensor) -> Tensor:
-        """``dU/dphi``: (parameters, chains), for u (rows, inputs) and evidence (rows, 1)."""
-        return head.pull(phi, u, self.slope(head.logits(phi, u), evidence)) + (phi - prior[:, None])
+    def gradient(
+        self, head: Head, phi: Tensor, prior: Tensor, u: Tensor, evidence: Tensor, each: float = 1.0
+    ) -> Tensor:
+        """``dU/dphi``: (parameters, chains), for u (rows, inputs), evidence (rows, 1), each row counting ``each``
+        times.""" return head.pull(phi, u, each * self.slope(head.logits(phi, u), evidence)) + (phi - prior[:, None])
