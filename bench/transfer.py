@@ -207,8 +207,8 @@ def report(results: dict[str, list[dict[str, np.ndarray]]], raw: dict[str, np.nd
         Section(
             "AUROC",
             f"Trained on {len(sets.train)} rows, {poisoned} of them harmful, with {len(sets.safety)} safety rows; "
-            f"neither has a request of the areas {', '.join(UNSEEN)}. Scored: {count}. `measured` is the share of training "
-            "rows that were ever probed, `training` the AUROC on these rows themselves. 0.50 tells nothing.",
+            f"neither has a request of the areas {', '.join(UNSEEN)}. Scored: {count}. `measured` is the share of "
+            "training rows that were ever probed, `training` the AUROC on these rows themselves. 0.50 tells nothing.",
             ("", "measured", "training", *QUESTIONS),
             lines,
         ),

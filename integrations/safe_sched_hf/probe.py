@@ -22,11 +22,12 @@ from safe_sched.probe import Direction, Opening, opening_of, refusal_margin
 from safe_sched.session import Batch
 from safe_sched_hf.safety import SafetySet, has_fused_head
 
-REFRESH = 200
-"""Optimiser steps after which the direction is found again: the parameters have moved."""
+REFRESH = 12
+"""Optimiser steps after which the direction is found again, as the parameters have moved; later a quarter of all steps."""
 
-_ROWS = 64  # safety rows that the direction is a mean over
+_ROWS = 32  # safety rows that the direction is a mean over
 _AT_ONCE = 16
+_KEPT = 200  # optimiser steps without a row to measure, after which the direction's memory is given back
 
 
 class Probe:
@@ -71,11 +72,11 @@ class Probe:
             batches: Its micro-batches, to tell what of an answer is the chat template's.
         """
         if not due:
-            if step - self._used_at > REFRESH:
+            if step - self._used_at > _KEPT:
                 self._direction = None
             return
         self._used_at = step
-        if self._direction is None or step - self._found_at >= REFRESH:
+        if self._direction is None or step - self._found_at >= max(REFRESH, step // 4):
             self._direction = None  # its memory first
             if self._opening is None:
                 whole = opening_of(self.rows, [answer for batch in batches for answer in _answers(batch)])

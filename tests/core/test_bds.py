@@ -19,7 +19,7 @@ from safe_sched.index import RowIndex
 from safe_sched.reference import save_reference
 from safe_sched.schedulers import BDS
 from safe_sched.schedulers import bds as bds_module
-from safe_sched.schedulers.bds import BDSState
+from safe_sched.schedulers.bds import EARLY, BDSState
 from safe_sched.session import Session
 from safe_sched.types import Observation
 from tests.core.batches import pad, row
@@ -365,7 +365,7 @@ def test_scores_that_are_noise_turn_hardly_anybody_away():
     state, _ = train(BDS(), 0.0, harmless=1.0, count=500)
     weights = state.weight.double()
     assert Calibration(state.calibration).variance > 0.25
-    assert weights.mean() > 0.85
+    assert weights.mean() > 0.75
     assert weights.sum() ** 2 / weights.square().sum() > 0.9 * 500
 
 
@@ -533,6 +533,24 @@ def test_rows_are_due_until_they_are_clear_or_were_measured_often_enough(given_l
     assert scheduler.due(state, every).tolist() == [True, False, False, False]
 
 
+def test_rows_of_the_first_updates_that_were_not_cleared_are_measured_again(given_log_odds):
+    """A harmless row may look harmful while the task is new; only those that are thought harmless are left in peace."""
+    scheduler, every = BDS(prior="gaussian", max_probes=2), torch.arange(5)
+    state = scheduler.init(rows(6))
+    scheduler.learn(state, every[:4], torch.tensor([9.0, -9.0, 0.5, 9.0]))
+    scheduler.learn(state, every[3:4], torch.tensor([9.0]))
+    asked = []
+    for _ in range(2 * EARLY + 1):
+        asked.append(scheduler.doubtful(state, every).tolist())
+        assert scheduler.due(state, every).tolist() == [asked[-1][0], False, True, False, True]
+        scheduler.update(state, observation(torch.tensor([5]), torch.ones(1)))
+    # not before as many updates more were made; not the harmless row, the one measured often enough, the unknown one
+    assert asked == [[False] * 5] * (2 * EARLY) + [[True, False, True, False, False]]
+    # a row that was scored later is not doubted
+    scheduler.learn(state, every[:1], torch.tensor([0.1]))
+    assert not scheduler.doubtful(state, every[:1]).any()
+
+
 def test_the_share_counts_towards_being_clear(given_log_odds):
     scheduler, slots = BDS(), torch.arange(100, 101)
     state = scheduler.init(rows(101))
@@ -549,7 +567,10 @@ def test_the_share_counts_towards_being_clear(given_log_odds):
 )
 def test_only_the_probe_asks_for_measurements(options):
     scheduler = BDS(**options)
-    assert not scheduler.due(scheduler.init(rows(3)), torch.arange(3)).any()
+    state: Any = scheduler.init(rows(3))
+    assert not scheduler.due(state, torch.arange(3)).any()
+    state.scored[:], state.steps = 1, 3 * EARLY
+    assert not scheduler.doubtful(state, torch.arange(3)).any()
     assert scheduler.needs_nll == (options["evidence"] is not None)
     assert not BDS().needs_nll
 

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from safe_sched import evidence
 from safe_sched.errors import DataError
 from safe_sched.evidence import LIMIT, Calibration
 from safe_sched.index import RowIndex
@@ -37,7 +38,8 @@ class SlowCalibration:
 
     @property
     def variance(self) -> float:
-        return (self.squares + 0.25 * 32) / (self.count + 32)
+        worth = evidence._VARIANCE_ROWS
+        return (self.squares + 0.25 * worth) / (self.count + worth)
 
     def log_odds(self, score: float) -> float:
         # from the densities of the two Gaussians

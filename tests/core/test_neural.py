@@ -228,14 +228,14 @@ def test_before_anything_is_known_every_weight_is_1_and_p_harmful_the_share_expe
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("wrong", [0.0, 0.1])
 def test_rows_that_were_never_measured_are_told_apart_by_their_features(kind: Any, wrong: float) -> None:
-    """A third of the rows is measured, a tenth of the scores wrong; the others: harmful below .1, benign near 1."""
+    """A third of the rows is measured. The others: harmful below .1, or .2 where a tenth of the scores is wrong."""
     world, scheduler = World(), NeuralBDS(head=kind)
     state = world.train(scheduler, measured=100, wrong=wrong, steps=100)
     assert int((state.scored > 0).sum()) <= 100
     weight, unmeasured = world.weights(scheduler, state), torch.arange(300) >= 100
     harmful, benign = weight[world.harmful & unmeasured], weight[~world.harmful & unmeasured]
-    assert harmful.median() < 0.1
-    assert harmful.mean() < 0.15
+    assert harmful.median() < (0.2 if wrong else 0.1)
+    assert harmful.mean() < (0.25 if wrong else 0.15)
     assert 1.0 < benign.mean() < 1.12
     assert harmful.max() < benign.quantile(0.02)
 
@@ -377,6 +377,27 @@ def test_the_same_run_twice_is_the_same_and_another_seed_another() -> None:
     assert not same(states[0], states[2])
 
 
+def test_a_step_in_micro_batches_and_in_another_order_is_the_step_in_one() -> None:
+    """Weights of the parts are those of the whole; the update is told of the whole, whatever the order of its rows."""
+    world, scheduler = World(rows=40), NeuralBDS()
+    whole, parts, turned = (scheduler.init(world.index) for _ in range(3))
+    for number in range(5):
+        rows = torch.randint(0, 40, (9,), generator=world.random)
+        scores = world.scores(rows, 0.0)
+        step = seen(rows, world.features[rows], number)
+        cut = [seen(rows[p], world.features[rows[p]], number) for p in (slice(0, number), slice(number, None))]
+        backwards = seen(rows.flip(0), world.features[rows.flip(0)], number)
+        for state, x, y in ((whole, rows, scores), (parts, rows, scores), (turned, rows.flip(0), scores.flip(0))):
+            scheduler.learn(state, x, y)
+        weights = torch.cat([scheduler.weights(parts, piece) for piece in cut])
+        torch.testing.assert_close(weights, scheduler.weights(whole, step), rtol=1e-5, atol=1e-6)
+        for state, told in ((whole, step), (parts, Observation.concatenate(cut)), (turned, backwards)):
+            scheduler.update(state, told)
+    assert same(whole, parts)
+    for name, tensor in whole.tensors().items():
+        torch.testing.assert_close(turned.tensors()[name], tensor, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
 def test_asking_for_weights_changes_nothing() -> None:
     world, scheduler = World(), NeuralBDS()
     state, untouched = world.train(scheduler, steps=5), World().train(NeuralBDS(), steps=5)
@@ -422,6 +443,31 @@ def test_more_rows_in_a_step_than_the_memory_holds() -> None:
     scheduler.learn(state, torch.arange(20), world.scores(torch.arange(20), 0.0))
     scheduler.update(state, seen(torch.arange(20), world.features[:20]))
     assert sorted(state.remembered.tolist()) == list(range(13, 20))
+
+
+def test_an_update_recalls_a_bounded_number_of_rows_and_each_stands_for_others() -> None:
+    """Over many updates every row is recalled alike, and the mean of the gradients is that of all rows."""
+    world, scheduler = World(), NeuralBDS(recall=25)
+    state = scheduler.init(world.index)
+    scheduler.learn(state, torch.arange(100), world.scores(torch.arange(100), 0.0))
+    scheduler.update(state, seen(torch.arange(100), world.features[:100]))
+    head, phi = scheduler._head(state), state.phi
+    u, evidence = head.read(state.memory, *scheduler._moments(state)), scheduler._evidence(state)[:, None]
+    times, mean = torch.zeros(100), torch.zeros_like(phi)
+    for number in range(800):
+        state.trained = 8 * number
+        chosen = scheduler.recalled(state)
+        assert chosen.unique().numel() == 25
+        assert torch.equal(chosen, scheduler.recalled(state))
+        times[chosen] += 1
+        mean += scheduler.gradient(head, phi, state.prior, u[chosen], evidence[chosen], 4.0) / 800
+    assert times.min() > 150
+    assert times.max() < 250
+    whole = scheduler.gradient(head, phi, state.prior, u, evidence)
+    assert (mean - whole).norm() < 0.1 * whole.norm()
+    # control: without the factor it would be another
+    less = scheduler.gradient(head, phi, state.prior, u[:25], evidence[:25])
+    assert (less - whole).norm() > 0.3 * whole.norm()
 
 
 def test_running_moments_are_those_of_all_rows_seen() -> None:

@@ -348,6 +348,7 @@ def test_the_released_rule_reads_losses_and_takes_no_scores():
     assert scheduler.evidence is None
     assert scheduler.columns(state) == {}
     assert not scheduler.due(state, slots).any()
+    assert not scheduler.doubtful(state, slots).any()
     with pytest.raises(OptionError, match="takes no scores; leave compat out"):
         scheduler.learn(state, slots, torch.ones(2))
     assert dataclasses.replace(scheduler, learning_rate=0.1) == BDS(compat="released", learning_rate=0.1)

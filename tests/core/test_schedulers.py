@@ -37,6 +37,12 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"compat": "released", "transform": "sigmoid", "initial_logit": 0.0, "learning_rate": 0.1},
         {"compat": "released", "transform": "identity", "initial_logit": 1.0, "learning_rate": 0.1},
     ],
+    "neural_bds": [
+        {},
+        {"head": "mlp", "probe_share": 0.5},
+        {"energy": "weights", "temperature": 0.0},
+        {"evidence": "covariance", "chains": 4},
+    ],
     "fixed": [{}, {"values": list(GIVEN.values()), "keys": list(GIVEN)}],
 }
 EVERY = [
@@ -414,6 +420,8 @@ def test_an_option_out_of_range_is_an_option_error_that_names_it(options):
         {"max_probes": 0},
         {"max_probes": 256},
         {"seed": "x"},
+        {"seed": -1},
+        {"seed": 2**63},
     ],
     ids=str,
 )

@@ -490,5 +490,5 @@ class NeuralBDS:
     def gradient(
         self, head: Head, phi: Tensor, prior: Tensor, u: Tensor, evidence: Tensor, each: float = 1.0
     ) -> Tensor:
-        """``dU/dphi``: (parameters, chains), for u (rows, inputs), evidence (rows, 1), each row counting ``each``
-        times.""" return head.pull(phi, u, each * self.slope(head.logits(phi, u), evidence)) + (phi - prior[:, None])
+        """``dU/dphi``: (parameters, chains), for u (rows, inputs), evidence (rows, 1); a row counts ``each`` times."""
+        return head.pull(phi, u, each * self.slope(head.logits(phi, u), evidence)) + (phi - prior[:, None])
