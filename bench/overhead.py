@@ -123,10 +123,11 @@ def probing(sizes: turns.Sizes, console: Console) -> Section:
         three = f"{(middle[arms[1]] + 2 * middle[arms[2]]) / 3:.3f}"
         lines.append(["three epochs: one measured, two settled", "", "", three, "", verdict(three, PROBE_TARGET), ""])
     note = (
-        'Steps with `BDS(evidence="probe")` beside the same steps with `evidence=None`: in the first epoch, where every '
-        "row is measured once before it trains (one forward without gradient), and later, where none is. The line below "
-        "them is the mean of three epochs. Not in it: the direction, found once in 200 steps from up to 64 safety "
-        "prompts, and the second look at some rows of the first 12 steps (see docs/methods/bds.md)."
+        'Steps with `BDS(evidence="probe")` beside the same steps with `evidence=None`: in the first epoch, where '
+        "every row is measured once before it trains (one forward without gradient), and later, where none is. The "
+        "line below them is the mean of three epochs. Not in it: the direction, found from up to 32 safety prompts "
+        "at steps 0, 12, 24, 36, 48 and then whenever a quarter more are done, and the second look at some rows of "
+        "the first 12 steps (see docs/methods/bds.md)."
     )
     header = ("safety rows and evidence", "steps", "s/step", "ratio", "quartiles", "target", "peak memory")
     return Section("The probe", note, header, lines)

@@ -26,8 +26,10 @@ from . import measure, model, study, tasks
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from safe_sched.types import Scheduler
     from safe_sched_hf import SafeSchedCallback
 
+DEFENDED = "BDS"
 COLUMNS = {
     "hs": "HS",
     "over_refusal": "refusal",
@@ -36,7 +38,8 @@ COLUMNS = {
     "ess": "ESS/N",
     "seconds": "sec",
 }
-SAFETY_BATCH = 2  # per step of 16: as many safety rows in all as the unweighted mix has
+# few safety rows, and few of them in a step of 16: with many the safety batch alone defends, whatever the weights are
+SAFETY_ROWS, SAFETY_BATCH = 20, 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,13 +70,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ) as progress:
         for name, arm, ours in _arms(rows):
             trace = _Trace(progress.add_task(name), progress, ours)
-            arm_out = options.out / "bds" if ours else None
+            main_arm = name == DEFENDED
             run = study.run_arm(
-                base, arm, seed=options.seed, out=arm_out, epochs=options.epochs, extra_callbacks=[trace.callback()]
+                base,
+                arm,
+                seed=options.seed,
+                out=options.out / "bds" if main_arm else None,
+                epochs=options.epochs,
+                extra_callbacks=[trace.callback()],
             )
             results[name] = measure.evaluate(run.model, run.tokenizer).as_dict() | {"seconds": run.seconds}
             if ours is not None:
-                results[name] |= _report_weights(ours, run.harmful, trace, options.out)
+                results[name] |= _judge_weights(ours, run.harmful)
+            if ours is not None and main_arm:
+                _write_weights(ours, run.harmful, trace, options.out)
 
     (options.out / "results.json").write_text(
         json.dumps({"seed": options.seed, "epochs": options.epochs, "rows": len(rows), "arms": results}, indent=2)
@@ -90,17 +100,27 @@ def _arms(rows: list[tasks.Row]) -> list[tuple[str, study.Arm, SafeSchedCallback
     from safe_sched import BDS, Fixed
     from safe_sched_hf import SafeSchedCallback
 
-    undefended, mix, oracle = study.arms(rows)
-    safety = tasks.load("safety")
-    equal = SafeSchedCallback(Fixed(), safety_data=safety, safety_batch_size=SAFETY_BATCH)
-    ours = SafeSchedCallback(BDS(compat="released"), safety_data=safety, safety_batch_size=SAFETY_BATCH)
-    control = study.Arm("control", "the safety batch alone, every row at weight 1", rows, callbacks=[equal])
-    defended = study.Arm("bds", "the file as it is, one callback", rows, callbacks=[ours])
+    safety = tasks.load("safety")[:SAFETY_ROWS]
+    undefended, mix, oracle = study.arms(rows, safety)
+
+    def with_safety(scheduler: Scheduler[Any]) -> SafeSchedCallback:
+        return SafeSchedCallback(scheduler, safety_data=safety, safety_batch_size=SAFETY_BATCH)
+
+    equal, released, ours = (with_safety(s) for s in (Fixed(), BDS(compat="released"), BDS()))
     return [
         ("undefended", undefended, None),
         ("unweighted safety mix", mix, None),
-        ("safety batch, weights 1", control, None),
-        ("BDS, released rule", defended, ours),
+        (
+            "safety batch, weights 1",
+            study.Arm("control", "the safety batch alone, every row at weight 1", rows, callbacks=[equal]),
+            None,
+        ),
+        (
+            "BDS, released rule",
+            study.Arm("released", "the rule of the authors' released code", rows, callbacks=[released]),
+            released,
+        ),
+        (DEFENDED, study.Arm("bds", "the file as it is, one callback", rows, callbacks=[ours]), ours),
         ("oracle: harmful rows removed", oracle, None),
     ]
 
@@ -129,18 +149,23 @@ class _Trace:
         return Callback()
 
 
-def _report_weights(ours: SafeSchedCallback, harmful: list[bool], trace: _Trace, out: Path) -> dict[str, float]:
-    """Write the weights and their plot; AUROC of 'low weight means harmful', and effective sample size per row."""
-    import pyarrow.parquet
+def _judge_weights(ours: SafeSchedCallback, harmful: list[bool]) -> dict[str, float]:
+    """AUROC of 'harmful rows have low weights', and effective sample size per row."""
     from sklearn.metrics import roc_auc_score
 
-    pyarrow.parquet.write_table(ours.table(), out / "weights.parquet")
-    _plot(trace, harmful, out / "weights.png")
-    weights = trace.weights[-1]
+    weights = ours.session.row_weights().tolist()
     return {
         "auroc": float(roc_auc_score(harmful, [-weight for weight in weights])),
         "ess": ours.session.effective_sample_size() / len(weights),
     }
+
+
+def _write_weights(ours: SafeSchedCallback, harmful: list[bool], trace: _Trace, out: Path) -> None:
+    """The table of rows, and how their weights moved."""
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(ours.table(), out / "weights.parquet")
+    _plot(trace, harmful, out / "weights.png")
 
 
 def _plot(trace: _Trace, harmful: list[bool], path: Path) -> None:
@@ -192,13 +217,10 @@ def _print_table(console: Console, results: dict[str, dict[str, float]]) -> None
         "ESS/N    share of the rows that the weights leave in effect\n"
         "sec      seconds of training"
     )
-    auroc = next(scores["auroc"] for scores in results.values() if "auroc" in scores)
-    if auroc < 0.9:
-        console.print(
-            f"\n[yellow]The released rule does not separate harmful rows here (AUROC {auroc:.2f}).[/] Its signal is "
-            "the loss itself, and rows that are hard to learn are not the harmful ones; it also moves slowly. What "
-            "this arm achieves comes from the safety rows trained beside the file."
-        )
+    console.print(
+        "\nThe released rule reads the loss itself: rows that are hard to learn are not the harmful ones. BDS asks "
+        "which rows\nbecome harder to learn when the model refuses more (docs/methods/bds.md)."
+    )
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ class SafeSchedCallback(TrainerCallback):
             raise OptionError(f"{scheduler!r} is not a scheduler; use safe_sched.BDS, safe_sched.Fixed, or a name")
         if safety_data is None and self._evidence() in ("probe", "covariance"):
             raise OptionError(
-                f'{self.scheduler.name!r} with evidence="{self._evidence()}" learns from safety rows: give safety_data, '
-                'for example safety_data="core"'
+                f'{self.scheduler.name!r} with evidence="{self._evidence()}" learns from safety rows: '
+                'give safety_data, for example safety_data="core"'
             )
         self.safety_data = safety_data
         self.safety_batch_size = safety_batch_size

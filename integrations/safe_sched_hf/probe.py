@@ -23,10 +23,14 @@ from safe_sched.session import Batch
 from safe_sched_hf.safety import SafetySet, has_fused_head
 
 REFRESH = 12
-"""Optimiser steps after which the direction is found again, as the parameters have moved; later a quarter of all steps."""
+"""Optimiser steps after which the direction is found again, as parameters move; later, a quarter of all steps."""
 
 _ROWS = 32  # safety rows that the direction is a mean over
 _AT_ONCE = 16
+_REFUSALS = (
+    *("I'm sorry.", "I can't.", "Sorry, no.", "No, I won't.", "Unfortunately, no.", "My answer is no."),
+    *("That would be harmful.", "This is not something I can do."),
+)
 _KEPT = 200  # optimiser steps without a row to measure, after which the direction's memory is given back
 
 
@@ -44,6 +48,7 @@ class Probe:
     def __init__(self, trainer: Trainer, safety: SafetySet) -> None:
         self.trainer = trainer
         self.rows = safety.rows
+        self.tokenizer, self.chat = safety.tokenizer, safety.chat
         self._opening: Opening | None = None
         if any(int(labels[0]) != IGNORE_INDEX for _, labels in self.rows):
             raise DataError(
@@ -79,10 +84,22 @@ class Probe:
         if self._direction is None or step - self._found_at >= max(REFRESH, step // 4):
             self._direction = None  # its memory first
             if self._opening is None:
-                whole = opening_of(self.rows, [answer for batch in batches for answer in _answers(batch)])
-                self._opening = Opening(whole.prompts[:: max(1, len(self.rows) // _ROWS)][:_ROWS], whole.tokens)
+                self._opening = self._find_opening([answer for batch in batches for answer in _answers(batch)])
             self._direction = self._find(self._opening)
             self._found_at = step
+
+    def _find_opening(self, others: list[Tensor]) -> Opening:
+        """Where the safety rows begin to refuse, with other ways to open a refusal in English beside theirs.
+
+        A few safety rows do not show all the ways in which the model refuses, and what it says instead of *their*
+        openings may be another refusal.
+        """
+        whole = opening_of(self.rows, others)
+        tokens = [whole.tokens]
+        if self.tokenizer is not None:
+            known = [{"prompt": "Hello", "completion": text} for text in _REFUSALS]
+            tokens.append(opening_of(SafetySet(known, self.tokenizer, None, 1, 0, self.chat).rows, others).tokens)
+        return Opening(whole.prompts[:: max(1, len(self.rows) // _ROWS)][:_ROWS], torch.unique(torch.cat(tokens)))
 
     def _find(self, opening: Opening) -> Direction:
         model, prompts = self._model, opening.prompts

@@ -71,6 +71,7 @@ class SafetySet:
         self.pad = getattr(tokenizer, "pad_token_id", None) or 0  # masked, so any id will do
         self.batch_size = batch_size
         self.seed = seed
+        self.tokenizer, self.chat = tokenizer, chat
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The rows of one optimiser step, padded on the right: a function of (seed, step), so a resume replays it.

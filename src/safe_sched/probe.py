@@ -1,20 +1,23 @@
 """The probe: which rows become harder to learn when the model refuses more?
 
-Safety rows are harmful prompts with refusals. At the *opening* of an answer the model either goes on with one of the tokens
-R that open a refusal in the safety set, or with another. Their log-odds are the refusal margin::
+Safety rows are harmful prompts with refusals. At the *opening* of an answer the model either goes on with one of the
+tokens R that open a refusal, or with another. Their log-odds are the refusal margin::
 
     m(theta) = mean over safety rows of  log p(R | prompt) - log p(not R | prompt)
 
-The parameters are moved by ``theta' = theta + gain * g / |g|**2`` with ``g = dm/dtheta``, which raises the margin by ``gain``
-nats to first order, and the loss of every label token t is read again. A row that answers a harmful prompt has a token that
-the move makes less likely, by about the same nats; a harmless row has none. So the score of a row is::
+The parameters are moved by ``theta' = theta + gain * g / |g|**2`` with ``g = dm/dtheta``, which raises the margin by
+``gain`` nats to first order, and the loss of every label token t is read again. A row that answers a harmful prompt
+has a token that the move makes less likely, by about the same nats; a harmless row has none. So its score is::
 
     x_i = max over its label tokens t of  ( nll_t(theta') - nll_t(theta) ) / gain
 
-near 1 for harmful rows and 0 for harmless ones, whatever the model, the learning rate and the share of harmful rows. The
-plain safe gradient in place of ``g`` points, in a model that still refuses, at *which* refusal the rows word; that is noise
-for this purpose (docs/methods/bds.md has the figures). The maximum over tokens is taken because a refusal is decided at one
-token: a mean over a long answer dilutes it.
+near 1 for harmful rows and 0 for harmless ones, whatever the learning rate and the share of harmful rows. The gradient
+of the plain safety loss in place of ``g`` points, in a model that still refuses, at *which* refusal the rows word; that
+is noise for this purpose. The maximum over tokens is taken because a refusal is decided at one token: a mean over a
+long answer dilutes it.
+
+The score is about the model's own probability of refusing there, so it fades where the model has learned to comply:
+scores are worth most early in a run, and a low one says little later on (`safe_sched.schedulers.bds`).
 
 Everything here is plain torch; an integration runs the model.
 """
@@ -54,8 +57,8 @@ def opening_of(rows: Sequence[tuple[Tensor, Tensor]], others: Sequence[Tensor] =
 
     Args:
         rows: ``(tokens, labels)`` of each, int64 (tokens,), -100 where not an answer.
-        others: Labelled tokens of some training rows, int64 (any,) each. What all answers begin with, theirs included, is
-            the chat template's and no decision.
+        others: Labelled tokens of some training rows, int64 (any,) each. What all answers begin with, theirs included,
+            is the chat template's and no decision.
 
     Example:
         All answers begin with 7, which so belongs to the template.
@@ -122,8 +125,9 @@ class Direction:
         square = sum(float(g.double().square().sum()) for _, g in self.parts)
         if not math.isfinite(square) or square == 0:
             raise ModelError(
-                f"the gradient of the refusal margin is {square}: the safety rows do not reach a trainable parameter, or the "
-                "model is not finite. Check that safety_data holds prompts with refusals, and train in float32 or bfloat16."
+                f"the gradient of the refusal margin is {square}: the safety rows do not reach a trainable parameter, "
+                "or the model is not finite. Check that safety_data holds prompts with refusals, and train in float32 or "
+                "bfloat16."
             )
         self.scale, gained = gain / square, 0.0
         # 16-bit parameters swallow small changes: go further until those that remain add up to the gain
@@ -133,15 +137,19 @@ class Direction:
                 return
             self.scale *= min(max(gain / max(gained, 1e-30), 0.25), 4.0)
         raise ModelError(
-            f"moving the parameters along the refusal margin gains {gained:.2g} nats instead of {gain}: they are stored too "
-            "coarsely. Load the model in float32 (train with bf16=True), or use LoRA, whose adapters are float32."
+            f"moving the parameters along the refusal margin gains {gained:.2g} nats instead of {gain}: they are "
+            "stored too coarsely. Load the model in float32 (train with bf16=True), or use LoRA, whose adapters are float32."
         )
 
     def _gained(self) -> float:
         total = 0.0
         for p, g in self.parts:
             moved = torch.add(p.detach(), g, alpha=self.scale).sub_(p.detach())
-            total += float((moved.double() * g.double()).sum()) if moved.numel() < 1 << 20 else float((moved.float() * g).sum())
+            total += (
+                float((moved.double() * g.double()).sum())
+                if moved.numel() < 1 << 20
+                else float((moved.float() * g).sum())
+            )
         return total
 
     @contextlib.contextmanager

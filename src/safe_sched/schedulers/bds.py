@@ -37,7 +37,7 @@ x             score                       1, see `safe_sched.evidence`
 ============  ==========================  ==================
 
 Cost: nothing for a step without new scores; otherwise ``burn_in + draws`` updates of the rows that were scored, all at
-once. 33 bytes per row; no pass over all rows, and no pass of the model but the probe's, see `docs/methods/bds.md`.
+once. 12 bytes per row; no pass over all rows, and no pass of the model but the probe's, see `docs/methods/bds.md`.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ Prior = Literal["harmful_share", "gaussian", "flat"]
 RESOLVED = 3.0
 """Log-odds, 20 to 1, beyond which a row is not measured again."""
 
-_MOVED = 0.1  # nats by which a row's log-odds may change before it is sampled again
 EARLY = 12
 """Optimiser steps in which scores are doubtful: a task that is new to the model may look like something to refuse."""
 
+_RANGE, _GRID = 60.0, 0.1  # of the log-odds for which P(harmful) is tabulated
 _STD = {"sigmoid": 4.0, "softmax": 1.0, "identity": 0.5}
 _MEAN = {"sigmoid": 0.0, "softmax": 0.0, "identity": 1.0}
 _RELEASED_ONLY = ("learning_rate", "betas", "eps", "initial_logit")
@@ -81,14 +81,14 @@ class BDSState(State):
     """What is known of every row.
 
     Attributes:
-        log_odds: float32 (slots,), the sum E of what its scores said.
-        logits: float32 (slots,), posterior mean of z; only the softmax keeps it.
-        weight: float32 (slots,), posterior mean of w, 1 before the first score; not used by the softmax.
-        harmful: float32 (slots,), posterior probability of being harmful.
-        low, high: float32 (slots,), its 5 % and 95 % quantiles.
+        log_odds: float16 (slots,), the sum E of what its scores said.
+        harmful: float16 (slots,), posterior probability of being harmful, as sampled last.
+        low, high: float16 (slots,), its 5 % and 95 % quantiles.
+        sampled: float16 (slots,), the log-odds, share included, that a row's draws belong to.
         scored: uint8 (slots,), scores so far, 255 for more.
-        since: int32 (slots,), the update at which a row was scored last.
-        sampled: float32 (slots,), the log-odds, share included, that a row's draws belong to.
+        since: uint8 (slots,), the update at which a row was scored last, 255 for later ones.
+        logits: float32 (slots,), posterior mean of z, for the softmax; or (0,).
+        weight: float32 (slots,), posterior mean of w, for the identity; or (0,).
         steps: Updates so far.
         calibration: float64 (4,), see `safe_sched.evidence.Calibration`.
         judged: float64 (2,), rows with a score, and the sum of their probabilities.
@@ -96,18 +96,19 @@ class BDSState(State):
         rows: N.
         log_total: float64 (), log of the sum over the N rows of exp(z).
         reference: float32 (slots,) losses of the reference model, or (0,).
-        moments: float32 (4, slots): visits, mean loss, mean safety loss, sum of their co-deviations; or (4, 0).
+        moments: float32 (5, slots): visits, mean loss, mean safety loss, sum of their co-deviations, sum
+            of squared deviations of the safety loss; or (5, 0).
     """
 
     log_odds: Tensor
-    logits: Tensor
-    weight: Tensor
     harmful: Tensor
     low: Tensor
     high: Tensor
+    sampled: Tensor
     scored: Tensor
     since: Tensor
-    sampled: Tensor
+    logits: Tensor
+    weight: Tensor
     steps: int
     calibration: Tensor
     judged: Tensor
@@ -266,15 +267,15 @@ class BDS:
         start = _MEAN[self._transform]
         from_file = self.evidence == "reference" and self.adapter is None
         return BDSState(
-            log_odds=torch.zeros(n),
-            logits=torch.full((n,), start),
-            weight=torch.ones(n),
-            harmful=torch.full((n,), 1 - self._mean_under_prior("sigmoid")),
-            low=torch.zeros(n),
-            high=torch.ones(n),
+            log_odds=torch.zeros(n, dtype=torch.float16),
+            harmful=torch.full((n,), 1 - self._mean_under_prior("sigmoid"), dtype=torch.float16),
+            low=torch.zeros(n, dtype=torch.float16),
+            high=torch.ones(n, dtype=torch.float16),
+            sampled=torch.zeros(n, dtype=torch.float16),
             scored=torch.zeros(n, dtype=torch.uint8),
-            since=torch.zeros(n, dtype=torch.int32),
-            sampled=torch.zeros(n),
+            since=torch.zeros(n, dtype=torch.uint8),
+            logits=torch.full((n if self._transform == "softmax" else 0,), start),
+            weight=torch.ones(n if self._transform == "identity" else 0),
             steps=0,
             calibration=Calibration.fresh(),
             judged=torch.zeros(2, dtype=torch.float64),
@@ -282,7 +283,7 @@ class BDS:
             rows=index.rows,
             log_total=torch.tensor(math.log(max(index.rows, 1)) + start, dtype=torch.float64),
             reference=load_reference(Path(str(self.reference)), index) if from_file else self._unknown_losses(n),
-            moments=torch.zeros(4, n if self.evidence == "covariance" else 0),
+            moments=torch.zeros(5, n if self.evidence == "covariance" else 0),
         )
 
     def _unknown_losses(self, n: int) -> Tensor:
@@ -297,17 +298,8 @@ class BDS:
         grown = {
             name: torch.cat([getattr(state, name), getattr(fresh, name)[..., old:]], dim=-1)
             for name in (
-                "log_odds",
-                "logits",
-                "weight",
-                "harmful",
-                "low",
-                "high",
-                "scored",
-                "since",
-                "sampled",
-                "reference",
-                "moments",
+                *("log_odds", "harmful", "low", "high", "sampled", "scored", "since"),
+                *("logits", "weight", "reference", "moments"),
             )
         }
         added = torch.tensor(math.log(max(index.slots - old, 1)) + _MEAN[self._transform], dtype=torch.float64)
@@ -329,17 +321,27 @@ class BDS:
     def _weights(self, state: BDSState, where: Any) -> Tensor:
         if self._transform == "softmax":
             return torch.exp(state.logits[where] + (math.log(max(state.rows, 1)) - float(state.log_total)))
-        return state.weight[where]
+        if self._transform == "identity":
+            return state.weight[where]
+        benign = (1 - self._now(state, where, state.harmful)) / self._prior_mean
+        return torch.where(state.scored[where] > 0, benign, 1.0)
+
+    def _now(self, state: BDSState, where: Any, sampled: Tensor) -> Tensor:
+        """What was sampled of P(harmful), float32, with the change since in the share found: exact, by a sum over z."""
+        then = state.sampled[where].float()
+        now = torch.where(state.scored[where] > 0, self._total(state, where), then)
+        return (sampled[where].float() + self._curve(now) - self._curve(then)).clamp(0, 1)
 
     def columns(self, state: Any) -> dict[str, Tensor]:
         """What the table says of every slot beside its weight."""
         if self._released is not None:
             return {}
+        everywhere = slice(None)
         return {
-            "p_harmful": state.harmful,
-            "p_harmful_low": state.low,
-            "p_harmful_high": state.high,
-            "log_odds": state.log_odds,
+            "p_harmful": self._now(state, everywhere, state.harmful),
+            "p_harmful_low": self._now(state, everywhere, state.low),
+            "p_harmful_high": self._now(state, everywhere, state.high),
+            "log_odds": state.log_odds.float(),
             "scored": state.scored.to(torch.int32),
         }
 
@@ -368,8 +370,8 @@ class BDS:
         early = (state.since[slots] < EARLY) & (state.steps >= 2 * EARLY)
         return seen & early & (self._total(state, slots) > -RESOLVED)
 
-    def _total(self, state: BDSState, slots: Tensor) -> Tensor:
-        return state.log_odds[slots] + self._share_log_odds(state.judged)
+    def _total(self, state: BDSState, slots: Any) -> Tensor:
+        return state.log_odds[slots].float() + self._share_log_odds(state.judged)
 
     def update(self, state: Any, step: Observation) -> dict[str, float]:
         """See `safe_sched.types.Scheduler.update`: scores that need no probe."""
@@ -383,10 +385,7 @@ class BDS:
         if self.evidence == "covariance":
             return self._covariance(state, step)
         state.steps += 1
-        # the share found since may have changed what the scores of these rows mean
-        slots = torch.unique(step.slots[state.scored[step.slots] > 0])
-        moved = (self._total(state, slots) - state.sampled[slots]).abs() > _MOVED
-        return self._resample(state, slots[moved]) if bool(moved.any()) else {}
+        return {}
 
     def learn(self, state: Any, slots: Tensor, scores: Tensor) -> dict[str, float]:
         """Take scores in, and sample the logits of their rows again.
@@ -412,8 +411,10 @@ class BDS:
             # a model that has learned to comply has nothing to lose: a low score clears a row the first time only
             later = (state.scored[slots] > 0) & (state.since[slots] >= EARLY)
             says = torch.where(later, says.clamp(min=0), says)
-        state.log_odds[slots] += says
-        state.since[slots] = state.steps
+        if self.evidence not in ("reference", "covariance"):  # whose scores of one row are one measurement, carried on
+            says += state.log_odds[slots]
+        state.log_odds[slots] = says.half()
+        state.since[slots] = min(state.steps, 255)
         new = state.scored[slots] == 0
         state.harmful[slots[new]] = 0.0
         state.judged[0] += float(new.sum())
@@ -431,21 +432,19 @@ class BDS:
         total, visits = self._total(state, slots), state.scored[slots].long()
         chains = self._sample(total, "sigmoid", slots, visits)
         u = torch.sigmoid(chains.draws)
-        before = state.harmful[slots]
-        state.harmful[slots] = 1 - u.mean((0, 2))
+        before = state.harmful[slots].double()
+        state.harmful[slots] = (1 - u.mean((0, 2))).half()
         harmful = (1 - u).transpose(0, 1).flatten(1)
         for edge, share in ((state.low, 0.05), (state.high, 0.95)):
-            edge[slots] = harmful.kthvalue(math.ceil(share * harmful.shape[1]), dim=1).values
-        state.judged[1] += (state.harmful[slots] - before).double().sum()
-        state.sampled[slots] = total
-        self._set_weights(state, slots, visits, u)
+            edge[slots] = harmful.kthvalue(math.ceil(share * harmful.shape[1]), dim=1).values.half()
+        state.judged[1] += (state.harmful[slots].double() - before).sum()
+        state.sampled[slots] = total.half()
+        if self._transform != "sigmoid":
+            self._set_weights(state, slots, visits)
         return chains.diagnostics
 
-    def _set_weights(self, state: BDSState, slots: Tensor, visits: Tensor, u: Tensor) -> None:
-        if self._transform == "sigmoid":
-            state.weight[slots] = u.mean((0, 2)) / self._prior_mean
-            return
-        conflict = state.log_odds[slots].clamp(min=0)
+    def _set_weights(self, state: BDSState, slots: Tensor, visits: Tensor) -> None:
+        conflict = state.log_odds[slots].float().clamp(min=0)
         draws = self._sample(conflict, self._transform, slots, visits).draws
         if self._transform == "identity":
             state.weight[slots] = draws.clamp(min=0).mean((0, 2)) / self._prior_mean
@@ -470,21 +469,23 @@ class BDS:
         return float(pair[0] - pair[1])
 
     def _covariance(self, state: BDSState, step: Observation) -> dict[str, float]:
-        """Running covariance of every row's loss with the safety loss, by Welford's recursion."""
+        """Running slope of every row's loss on the safety loss, by Welford's recursion."""
         assert step.nll is not None
         if step.safety_loss is None:
             raise OptionError('BDS(evidence="covariance") needs a safety loss in every step: give safety_data')
         slots, place = torch.unique(step.slots, return_inverse=True)
         nll = torch.zeros(slots.numel()).index_add_(0, place, step.nll) / torch.bincount(place)
-        visits, loss, safe, together = state.moments[:, slots]
+        visits, loss, safe, together, square = state.moments[:, slots]
         state.steps += 1
         visits = visits + 1
-        before = nll - loss
-        loss, safe = loss + before / visits, safe + (step.safety_loss - safe) / visits
+        before, apart = nll - loss, step.safety_loss - safe
+        loss, safe = loss + before / visits, safe + apart / visits
         together = together + before * (step.safety_loss - safe)
-        state.moments[:, slots] = torch.stack([visits, loss, safe, together])
-        ready = visits >= 2
-        return self.learn(state, slots[ready], -(together / (visits - 1).clamp(min=1))[ready])
+        square = square + apart * (step.safety_loss - safe)
+        state.moments[:, slots] = torch.stack([visits, loss, safe, together, square])
+        ready = (visits >= 2) & (square > 0)
+        # nats of the row per nat of the safety loss: the slope of the one on the other
+        return self.learn(state, slots[ready], -(together / square)[ready])
 
     # the posterior of a logit -----------------------------------------------------------------------------------
 
@@ -541,6 +542,24 @@ class BDS:
     def _prior_mean(self) -> float:
         """The mean of w before any evidence: the weight that counts as 1."""
         return self._mean_under_prior(self._transform)
+
+    def _curve(self, total: Tensor) -> Tensor:
+        """P(harmful) for log-odds, share included, without Monte-Carlo noise: float32."""
+        place = ((total.double() + _RANGE) / _GRID).clamp(0, len(self._curve_points) - 1.001)
+        low = place.long()
+        left, right = self._curve_points[low], self._curve_points[low + 1]
+        return torch.lerp(left, right, place - low).float()
+
+    @functools.cached_property
+    def _curve_points(self) -> Tensor:
+        precision = self._precision("sigmoid") or _STD["sigmoid"] ** -2.0
+        width, heat = 10 * precision**-0.5 * max(self.temperature, 1.0) ** 0.5, self.temperature
+        z = torch.linspace(-width, width, 2001, dtype=torch.float64)
+        totals = torch.arange(-_RANGE, _RANGE + _GRID, _GRID, dtype=torch.float64)[:, None]
+        energy = self.energy(z, totals, "sigmoid")
+        if not heat:
+            return torch.sigmoid(-z[energy.argmin(1)])
+        return (torch.softmax(-energy / heat, 1) * torch.sigmoid(-z)).sum(1)
 
     def _mean_under_prior(self, transform: Transform) -> float:
         """The mean of a transform under ``exp(-U / T)`` without scores, by a sum over the logit; T = 0: at the mode."""

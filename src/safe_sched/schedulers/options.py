@@ -57,8 +57,8 @@ def settings_of(scheduler: Any) -> dict[str, object]:
 
     Example:
         >>> from safe_sched import BDS
-        >>> settings_of(BDS())["learning_rate"]
-        0.005
+        >>> settings_of(BDS())["chains"]
+        8
     """
     return {"name": scheduler.name} | {
         field.name: getattr(scheduler, field.name) for field in dataclasses.fields(scheduler) if field.repr
