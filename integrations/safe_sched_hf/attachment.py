@@ -197,7 +197,8 @@ class Attachment:
             lacking = session.lacking_reference(batch)
             if bool(lacking.any()):
                 with adapter_active(model, reference):
-                    found = lines_log_probs(model, trainer, trainer._prepare_inputs(inputs), batch, lacking)
+                    inputs = trainer._prepare_inputs(inputs)
+                    found = lines_log_probs(model, trainer, inputs, batch, lacking, train=False)
                 nll = nll_from_log_probs(found, batch.labels.to(found.device), batch.layout)
                 session.set_reference(batch, lacking, nll)
         if self.probe is None:
@@ -220,7 +221,7 @@ class Attachment:
             doubtful[doubtful.clone()] = scheduler.doubtful(session.state, batch.slots[doubtful])
             if bool(doubtful.any()):
                 inputs = self.trainer._prepare_inputs(inputs)
-                before = lines_log_probs(model, self.trainer, inputs, batch, doubtful)
+                before = lines_log_probs(model, self.trainer, inputs, batch, doubtful, whole=self.probe.draws)
                 after = self.probe(inputs, batch, doubtful)
                 scores = row_scores(before, after, batch.labels, batch.layout).cpu()
                 session.learn(batch.slots[doubtful], scores[doubtful])

@@ -60,7 +60,7 @@ class Probe:
         self._direction: Direction | None = None
         self._found_at = 0
         self._used_at = 0
-        self._draws = draws_random_numbers(self._model)
+        self.draws: bool = draws_random_numbers(self._model)
 
     @property
     def _model(self) -> nn.Module:
@@ -98,7 +98,9 @@ class Probe:
         tokens = [whole.tokens]
         if self.tokenizer is not None:
             known = [{"prompt": "Hello", "completion": text} for text in _REFUSALS]
-            tokens.append(opening_of(SafetySet(known, self.tokenizer, None, 1, 0, self.chat).rows, others).tokens)
+            more = opening_of(SafetySet(known, self.tokenizer, None, 1, 0, self.chat).rows, others).tokens
+            # a tokenizer without English writes them all as one unknown token
+            tokens.append(more[more != (-1 if self.tokenizer.unk_token_id is None else self.tokenizer.unk_token_id)])
         return Opening(whole.prompts[:: max(1, len(self.rows) // _ROWS)][:_ROWS], torch.unique(torch.cat(tokens)))
 
     def _find(self, opening: Opening) -> Direction:
@@ -139,11 +141,18 @@ class Probe:
         if self._direction is None:
             raise ModelError("a row is due for a probe in a step for which no direction was found; please report this")
         with self._direction.taken():
-            return lines_log_probs(self._model, self.trainer, inputs, batch, due, whole=self._draws)
+            return lines_log_probs(self._model, self.trainer, inputs, batch, due, whole=self.draws)
 
 
 def lines_log_probs(
-    model: nn.Module, trainer: Trainer, inputs: Mapping[str, Any], batch: Batch, due: Tensor, *, whole: bool = False
+    model: nn.Module,
+    trainer: Trainer,
+    inputs: Mapping[str, Any],
+    batch: Batch,
+    due: Tensor,
+    *,
+    whole: bool = False,
+    train: bool = True,
 ) -> Tensor:
     """Log-probabilities of the label tokens on those lines of a micro-batch that hold rows which are due.
 
@@ -154,6 +163,7 @@ def lines_log_probs(
         batch: Its labels and layout.
         due: bool (rows,).
         whole: Run all lines: with dropout, so that both forwards of the step draw the same masks.
+        train: In the mode in which the model trains, not in that in which it is evaluated.
 
     Returns:
         float32 (batch, sequence - 1); NaN on lines that were not run.
@@ -167,7 +177,7 @@ def lines_log_probs(
     if lines.numel() < labels.shape[0]:
         inputs = {name: value[lines.to(value.device)] if name in tensors else value for name, value in inputs.items()}
     part = Layout(layout.row[lines], layout.position[lines], layout.rows, layout.packed)
-    model.train()
+    model.train(train)
     with torch.no_grad(), _quiet_checkpoints(), _same_random_numbers(), trainer.compute_loss_context_manager():
         if has_fused_head(model):
             found = model(**{**inputs, "use_cache": False}, fused_lm_head=True).log_probs

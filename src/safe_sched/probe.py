@@ -125,9 +125,9 @@ class Direction:
         square = sum(float(g.double().square().sum()) for _, g in self.parts)
         if not math.isfinite(square) or square == 0:
             raise ModelError(
-                f"the gradient of the refusal margin is {square}: the safety rows do not reach a trainable parameter, "
-                "or the model is not finite. Check that safety_data holds prompts with refusals, and train in float32 or "
-                "bfloat16."
+                f"the gradient of the refusal margin is {square}: the safety rows do not reach a trainable "
+                "parameter, or the model is not finite. Check that safety_data holds prompts with refusals, and train "
+                "in float32 or bfloat16."
             )
         self.scale, gained = gain / square, 0.0
         # 16-bit parameters swallow small changes: go further until those that remain add up to the gain
@@ -138,7 +138,7 @@ class Direction:
             self.scale *= min(max(gain / max(gained, 1e-30), 0.25), 4.0)
         raise ModelError(
             f"moving the parameters along the refusal margin gains {gained:.2g} nats instead of {gain}: they are "
-            "stored too coarsely. Load the model in float32 (train with bf16=True), or use LoRA, whose adapters are float32."
+            "stored too coarsely. Load the model in float32 (train with bf16=True), or use LoRA with float32 adapters."
         )
 
     def _gained(self) -> float:
