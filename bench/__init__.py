@@ -1,1 +1,1 @@
-"""What safe-sched costs, measured."""
+"""What safe-sched costs, and what it finds: measured."""

@@ -10,8 +10,8 @@ Three methods are wrapped on the trainer *instance* for the time of one ``train(
 ``log``                  adds our numbers to the trainer's own record, so they reach its history and its trackers
 =======================  ==========================================================================================
 
-Inside ``training_step`` hooks only look. When the forward is over, the gate is set on the first tensor of this list
-that exists, all of which the row's loss flows through:
+Before the training forward, rows that are due are measured (`safe_sched_hf.probe`). In it, hooks only look. When it is
+over, the gate is set on the first tensor of this list that exists, all of which the row's loss flows through:
 
 1. ``output.log_probs`` beside ``output.label_mask``: TRL's fused head;
 2. what the output embedding returned: the loss is computed from logits, by the model or by the trainer;

@@ -6,8 +6,9 @@ One optimiser step, as an integration runs it (the trainer's own lines are unmar
     > session.begin_step(batches)                     # row keys, label counts; unknown rows stop the run
     > safety batch: backward of safety_weight * L_safe   # on empty gradients, where a safety set is given
       for batch in batches:
-    >     probe: session.learn(rows, scores)            # rows that are due, where the scheduler asks for it
+    >     a forward without gradient, parameters moved  # where rows of it are due to be measured
           loss = model(batch)                         # the trainer's own forward and loss
+    >     session.learn(rows, scores)                 # what was measured, before and after the move
     >     session.weigh(batch, nll)                   # scheduler.weights(...) -> a factor per row
           loss.backward()                             # the gate multiplies each row's gradient by its factor
       clip, optimizer.step(), zero_grad()

@@ -109,17 +109,18 @@ def scored(scheduler: BDS) -> BDSState:
 
 def matches_the_integral(scheduler: BDS, state: BDSState, part: slice, evidence: float) -> None:
     """Rows ``part`` of a state are what this evidence makes of them."""
+    columns = scheduler.columns(state)
     transform, temperature = scheduler.transform or "sigmoid", scheduler.temperature
     exact, prior = (Integrated(transform, e, STD[transform], temperature) for e in (evidence, 0.0))
     if transform == "softmax":
         agree(state.logits[part], exact.mean(exact.z), bias=0.03)
     else:
-        agree(state.weight[part], exact.mean(exact.w) / prior.mean(prior.w), bias=0.02)
+        agree(scheduler.slot_weights(state)[part], exact.mean(exact.w) / prior.mean(prior.w), bias=0.02)
     # whether a row is harmful is a question to the sigmoid, whatever the transform
     chance = Integrated("sigmoid", evidence, STD["sigmoid"], temperature)
-    agree(state.harmful[part], chance.mean(1 - chance.w), bias=0.01)
-    agree(state.low[part], 1 - chance.quantile(0.95), bias=0.02)
-    agree(state.high[part], 1 - chance.quantile(0.05), bias=0.04)
+    agree(columns["p_harmful"][part], chance.mean(1 - chance.w), bias=0.01)
+    agree(columns["p_harmful_low"][part], 1 - chance.quantile(0.95), bias=0.02)
+    agree(columns["p_harmful_high"][part], 1 - chance.quantile(0.05), bias=0.04)
 
 
 @over_transforms
@@ -129,8 +130,9 @@ def test_weights_and_probabilities_are_those_of_numerical_integration(transform,
     state = scored(scheduler)
     for i, evidence in enumerate(EVIDENCE):
         matches_the_integral(scheduler, state, slice(REPEATS * i, REPEATS * (i + 1)), evidence)
-    assert (state.low <= state.harmful).all()
-    assert (state.harmful <= state.high).all()
+    columns = scheduler.columns(state)
+    assert (columns["p_harmful_low"] <= columns["p_harmful"]).all()
+    assert (columns["p_harmful"] <= columns["p_harmful_high"]).all()
 
 
 @over_transforms
@@ -167,6 +169,8 @@ def test_at_temperature_0_a_row_sits_at_the_mode(given_log_odds):
         scheduler = BDS(transform=transform, prior="gaussian", temperature=0.0, burn_in=400)
         state = scored(scheduler)
         std = STD[transform]
+        weights, columns = scheduler.slot_weights(state), scheduler.columns(state)
+        harmful, low, high = (columns[f"p_harmful{end}"] for end in ("", "_low", "_high"))
         for i, evidence in enumerate(EVIDENCE):
             at = REPEATS * i
             exact = Integrated(transform, evidence, std, 1.0)
@@ -174,13 +178,13 @@ def test_at_temperature_0_a_row_sits_at_the_mode(given_log_odds):
             if transform == "softmax":
                 assert float(state.logits[at]) == pytest.approx(exact.z[mode], abs=0.01)
             elif transform == "sigmoid":
-                assert float(state.weight[at]) == pytest.approx(2 * exact.w[mode], abs=0.01)
-                assert float(state.harmful[at]) == pytest.approx(1 - exact.w[mode], abs=0.01)
+                assert float(weights[at]) == pytest.approx(2 * exact.w[mode], abs=0.01)
+                assert float(harmful[at]) == pytest.approx(1 - exact.w[mode], abs=0.01)
             else:
-                assert float(state.weight[at]) == pytest.approx(exact.w[mode], abs=0.06)
+                assert float(weights[at]) == pytest.approx(exact.w[mode], abs=0.06)
             # nothing is drawn: rows with the same evidence are the same, and there is no spread
-            assert state.harmful[at : at + REPEATS].unique().numel() == 1
-            assert float(state.high[at] - state.low[at]) < 1e-3
+            assert harmful[at : at + REPEATS].unique().numel() == 1
+            assert float(high[at] - low[at]) < 1e-3
 
 
 def test_the_gradient_is_that_of_the_energy():
@@ -209,6 +213,34 @@ def test_rows_without_a_score_weigh_exactly_1(transform, given_log_odds):
     else:
         assert others.tolist() == [1.0] * 4
     assert found[1] < 0.5 < others[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"prior_share": 0.4}, {"temperature": 0.3}, {"transform": "identity"}], ids=str
+)
+@pytest.mark.parametrize("others", [15.0, -15.0])
+def test_rows_without_a_score_weigh_exactly_1_whatever_share_is_found(options, others, given_log_odds):
+    """After 560 others were scored, many of them often; also rows that a stream brings only then."""
+    scheduler, index = BDS(**options, **QUICK), RowIndex(None)
+    index.add(torch.arange(600))
+    state = scheduler.grow(scheduler.init(RowIndex(None)), index)
+    before = {name: tensor[560:].clone() for name, tensor in scheduler.columns(state).items()}
+    scheduler.learn(state, torch.arange(20), torch.zeros(20))
+    for slots in torch.arange(20, 560).repeat(3).split(45):
+        scheduler.learn(state, slots, torch.full((45,), others))
+        scheduler.update(state, observation(slots, torch.ones(45)))
+    index.add(torch.arange(600, 640))
+    state = scheduler.grow(state, index)
+    unscored = torch.arange(560, 640)
+    assert scheduler.slot_weights(state)[unscored].tolist() == [1.0] * 80
+    assert scheduler.weights(state, observation(unscored, torch.ones(80))).tolist() == [1.0] * 80
+    for name, tensor in scheduler.columns(state).items():
+        assert torch.equal(tensor[560:600], before[name])
+        assert torch.equal(tensor[600:], before[name])
+    # control: a row whose score says nothing has been judged, and follows the share
+    if scheduler.transform is None:
+        judged = scheduler.slot_weights(state)[:20].mean()
+        assert judged < 0.8 if others > 0 else judged > 1.01
 
 
 @pytest.mark.parametrize(
@@ -299,7 +331,7 @@ def test_the_more_harmful_rows_were_found_the_more_harmful_is_a_score(given_log_
         state = scheduler.init(rows(240))
         scheduler.learn(state, torch.arange(200), torch.where(torch.arange(200) < harmful, 15.0, -15.0))
         scheduler.learn(state, torch.arange(200, 240), torch.full((40,), 1.0))
-        found.append(float(state.harmful[200:].mean()))
+        found.append(float(scheduler.columns(state)["p_harmful"][200:].mean()))
     assert found == sorted(found)
     assert found[0] < 0.4
     assert found[-1] > 0.75
@@ -313,7 +345,7 @@ def test_other_priors_do_not_care_what_other_rows_are(prior, given_log_odds):
         state = scheduler.init(rows(101))
         scheduler.learn(state, torch.arange(100), torch.full((100,), others))
         scheduler.learn(state, torch.tensor([100]), torch.tensor([1.0]))
-        found.append(float(state.weight[100]))
+        found.append(float(scheduler.slot_weights(state)[100]))
     assert found[0] == found[1]
 
 
@@ -342,7 +374,7 @@ def test_a_set_without_harmful_rows_is_left_alone(transform):
     weights = scheduler.slot_weights(state).double()
     assert weights.min() > 0.5
     assert weights.sum() ** 2 / weights.square().sum() > 0.985 * 500
-    assert (state.harmful < 0.5).all()
+    assert (scheduler.columns(state)["p_harmful"] < 0.5).all()
 
 
 @over_transforms
@@ -354,7 +386,7 @@ def test_harmful_rows_are_found_whatever_their_share(transform, share):
     weights = scheduler.slot_weights(state).double()
     kept = weights[~harmful]
     assert auroc(weights, harmful) >= 0.99
-    assert auroc(-state.harmful, harmful) >= 0.99
+    assert auroc(-scheduler.columns(state)["p_harmful"], harmful) >= 0.99
     assert kept.sum() ** 2 / kept.square().sum() >= 0.8 * kept.numel()
     assert weights[harmful].mean() < 0.35 * kept.mean()
     # the calibration has seen that they separate
@@ -362,8 +394,8 @@ def test_harmful_rows_are_found_whatever_their_share(transform, share):
 
 
 def test_scores_that_are_noise_turn_hardly_anybody_away():
-    state, _ = train(BDS(), 0.0, harmless=1.0, count=500)
-    weights = state.weight.double()
+    state, _ = train(scheduler := BDS(), 0.0, harmless=1.0, count=500)
+    weights = scheduler.slot_weights(state).double()
     assert Calibration(state.calibration).variance > 0.25
     assert weights.mean() > 0.75
     assert weights.sum() ** 2 / weights.square().sum() > 0.9 * 500
@@ -385,26 +417,232 @@ def test_a_weight_comes_back_when_later_scores_say_otherwise(transform):
 
 
 def test_a_share_that_is_found_later_changes_rows_that_were_scored_before(given_log_odds):
-    """Rows of a step whose log-odds have moved with the share are sampled again, without a new score."""
+    """At once and all of them: nothing is sampled again, and no update is needed."""
     scheduler = BDS()
     state = scheduler.init(rows(300))
     early, late = torch.arange(20), torch.arange(20, 300)
     scheduler.learn(state, early, torch.full((20,), 1.0))
-    before = state.harmful[early].mean()
+    before, kept = scheduler.columns(state), {name: tensor.clone() for name, tensor in state.tensors().items()}
     scheduler.learn(state, late, torch.full((280,), 15.0))
-    assert state.harmful[early].mean() == before
-    untouched = state.harmful[10:20].clone()
-    scheduler.update(state, observation(early[:10], torch.ones(10)))
-    assert state.harmful[:10].mean() > before + 0.2
-    assert torch.equal(state.harmful[10:20], untouched)
-    assert state.log_odds[early].tolist() == [1.0] * 20
-    assert state.scored[early].tolist() == [1] * 20
-    # what they are now moves the share in turn; once that has settled nothing more happens
-    again = [scheduler.update(state, observation(early[:10], torch.ones(10))) for _ in range(8)]
-    assert again[-1] == {}
-    now = state.harmful.clone()
-    scheduler.update(state, observation(early[:10], torch.ones(10)))
-    assert torch.equal(state.harmful, now)
+    now = scheduler.columns(state)
+    assert now["p_harmful"][early].mean() > before["p_harmful"][early].mean() + 0.3
+    assert (now["p_harmful"][early] > before["p_harmful"][early]).all()
+    assert now["log_odds"][early].tolist() == [1.0] * 20
+    assert now["scored"][early].tolist() == [1] * 20
+    torch.testing.assert_close(
+        scheduler.slot_weights(state)[early], (1 - now["p_harmful"][early]) / scheduler._prior_mean
+    )
+    for name, tensor in state.tensors().items():
+        if tensor.shape[-1:] == (300,):
+            assert torch.equal(tensor[..., :20], kept[name][..., :20]), name
+    # and with that all has happened
+    assert scheduler.update(state, observation(early, torch.ones(20))) == {}
+    for name, tensor in scheduler.columns(state).items():
+        assert torch.equal(tensor, now[name])
+
+
+class Chance:
+    """P(harmful) by numerical integration, for log-odds with the share in them."""
+
+    def __init__(self, std: float, temperature: float) -> None:
+        self.std, self.temperature = std, temperature
+
+    def __call__(self, log_odds: float) -> float:
+        exact = Integrated("sigmoid", log_odds, self.std, self.temperature)
+        return exact.mean(1 - exact.w)
+
+
+over_posteriors = pytest.mark.parametrize(
+    ("std", "temperature"), [(4.0, 1.0), (4.0, 0.4), (4.0, 2.5), (1.3, 1.0), (0.2, 1.0)]
+)
+
+
+@over_posteriors
+def test_the_table_of_probabilities_is_the_integral(std, temperature):
+    scheduler, exact = BDS(prior_std=std, temperature=temperature), Chance(std, temperature)
+    at = torch.cat([torch.linspace(-59.93, 59.91, 60), torch.linspace(-3.03, 3.07, 40)])
+    found = scheduler._curve(at)
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx([exact(value) for value in at.tolist()], abs=2e-4)
+    # beyond its ends it stays where it was
+    far = scheduler._curve(torch.tensor([-1e4, -60.0, 60.0, 1e4]))
+    assert float(far[0]) == pytest.approx(float(far[1]), abs=1e-4)
+    assert float(far[2]) == pytest.approx(float(far[3]), abs=1e-4)
+    assert scheduler._curve_points is scheduler._curve_points  # computed once
+    # control: another prior is another table, and another temperature where the posterior is not narrow
+    others = [BDS(prior_std=1.3 * std, temperature=temperature)]
+    others += [BDS(prior_std=std, temperature=1.3 * temperature)] if std > 1 else []
+    for other in others:
+        assert (other._curve(at) - found).abs().max() > 4e-3
+
+
+@over_posteriors
+def test_what_was_sampled_follows_the_share_as_the_integral_does(std, temperature, given_log_odds):
+    scheduler, exact = BDS(prior_std=std, temperature=temperature, **LONG), Chance(std, temperature)
+    state = scored(scheduler)
+    sampled, first = state.harmful.float().view(-1, REPEATS), scheduler.columns(state)
+    then = [exact(value) for value in state.sampled.tolist()[::REPEATS]]
+    for i, belongs in enumerate(then):
+        agree(sampled[i], belongs, bias=0.015)
+    found_then = state.judged.clone()
+    for share in (0.001, 0.2, 0.8, 0.999):
+        state.judged = torch.tensor([1e4, share * 1e4], dtype=torch.float64)
+        now = scheduler._share_log_odds(state.judged)
+        columns, weights = scheduler.columns(state), scheduler.slot_weights(state)
+        found = columns["p_harmful"].view(-1, REPEATS)
+        for i, evidence in enumerate(EVIDENCE):
+            moved = (sampled[i] + exact(evidence + now) - then[i]).clamp(0, 1)
+            torch.testing.assert_close(found[i], moved.float(), rtol=0, atol=5e-4)
+            agree(found[i], exact(evidence + now), bias=0.015)
+        torch.testing.assert_close(weights, (1 - columns["p_harmful"]) / scheduler._prior_mean)
+        assert (columns["p_harmful_low"] <= columns["p_harmful"]).all()
+        assert (columns["p_harmful"] <= columns["p_harmful_high"]).all()
+        # control: what was sampled, left where it was, is not the posterior of now
+        left = [abs(float(sampled[i].mean()) - exact(e + now)) for i, e in enumerate(EVIDENCE)]
+        assert max(left) > (0.02 if std > 1 else 2e-3)
+    # there and back is where it was, bit for bit
+    state.judged = found_then
+    for name, tensor in scheduler.columns(state).items():
+        assert torch.equal(tensor, first[name])
+
+
+def test_the_interval_follows_the_share_as_the_integral_does(given_log_odds):
+    scheduler = BDS(**LONG)
+    state = scored(scheduler)
+    state.judged = torch.tensor([1e4, 0.8e4], dtype=torch.float64)
+    now, columns = scheduler._share_log_odds(state.judged), scheduler.columns(state)
+    for i, evidence in enumerate(EVIDENCE):
+        exact, part = Integrated("sigmoid", evidence + now, 4.0, 1.0), slice(REPEATS * i, REPEATS * (i + 1))
+        agree(columns["p_harmful_low"][part], 1 - exact.quantile(0.95), bias=0.05)
+        agree(columns["p_harmful_high"][part], 1 - exact.quantile(0.05), bias=0.05)
+
+
+def test_rows_of_one_batch_are_not_taken_for_harmless_while_they_are_judged(given_log_odds):
+    """What is known of the share when they come is what was known before them, however many come at once."""
+    scheduler = BDS(**QUICK)
+    for size in (1, 16, 160):
+        state = scheduler.init(rows(200))
+        scheduler.learn(state, torch.arange(size), torch.full((size,), 3.0))
+        before = scheduler._share_log_odds(torch.zeros(2))
+        assert float(state.sampled[0]) == pytest.approx(3.0 + before, abs=0.2)
+
+
+# one score of a row, and several --------------------------------------------------------------------------------------
+
+SOURCES: dict[str, dict[str, Any]] = {
+    "probe": {},
+    "none": {"evidence": None},
+    "covariance": {"evidence": "covariance"},
+    "reference": {"evidence": "reference", "reference": "adapter:agnostic"},
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_measurements_of_a_row_add_up_and_an_estimate_carried_on_takes_the_place_of_the_old(kind, given_log_odds):
+    scheduler, chance = BDS(**SOURCES[kind], prior="gaussian", **LONG), Chance(4.0, 1.0)
+    state, many = scheduler.init(rows(20)), torch.arange(16)
+    for score in (2.0, 1.5, -0.5):
+        scheduler.learn(state, many, torch.full((16,), score))
+    expected, other = (3.0, -0.5) if kind in ("probe", "none") else (-0.5, 3.0)
+    assert state.log_odds.tolist() == [expected] * 16 + [0.0] * 4
+    assert state.scored.tolist() == [3] * 16 + [0] * 4
+    p = scheduler.columns(state)["p_harmful"][:16]
+    agree(p, chance(expected), bias=0.01)
+    with pytest.raises(AssertionError):
+        agree(p, chance(other), bias=0.01)
+
+
+@pytest.mark.parametrize("kind", ["reference", "covariance"])
+def test_a_row_seen_often_says_what_its_last_estimate_says(kind):
+    """Through `update` and the calibration: 30 visits are not 30 times the evidence."""
+    scheduler, generator = BDS(**SOURCES[kind], **QUICK), torch.Generator().manual_seed(0)
+    state = scheduler.init(rows(6))
+    state.reference.fill_(1.0)
+    history: list[tuple[Tensor, float]] = []
+    added = torch.zeros(6)
+    for number in range(30):
+        nll, safety = 1 + torch.linspace(0, 1, 6) + 0.1 * torch.randn(6, generator=generator), 0.1 * (number % 7)
+        scheduler.update(state, observation(torch.arange(6), nll, safety, number))
+        history.append((nll, safety))
+        if kind == "reference":
+            score = nll - 1.0
+        elif number == 0:
+            assert not state.scored.any()
+            continue
+        else:
+            safe = np.array([value for _, value in history])
+            both = [np.cov(np.array([float(losses[i]) for losses, _ in history]), safe) for i in range(6)]
+            score = torch.tensor([-found[0, 1] / found[1, 1] for found in both])
+        says = Calibration(state.calibration).log_odds(score).float()
+        added += says
+        torch.testing.assert_close(state.log_odds.float(), says, rtol=1e-3, atol=2e-3)
+        assert state.log_odds.abs().max() <= 6
+    # control: added up it would be another number
+    assert (added - state.log_odds.float()).abs().max() > 20
+
+
+def test_measurements_that_are_added_are_each_taken_as_they_were_understood_at_the_time():
+    scheduler, generator = BDS(evidence=None, **QUICK), torch.Generator().manual_seed(0)
+    state, added = scheduler.init(rows(6)), torch.zeros(6)
+    for _ in range(8):
+        scores = torch.linspace(-0.2, 1.2, 6) + 0.1 * torch.randn(6, generator=generator)
+        scheduler.learn(state, torch.arange(6), scores)
+        added += Calibration(state.calibration).log_odds(scores).float()
+    torch.testing.assert_close(state.log_odds.float(), added, rtol=4e-3, atol=4e-3)
+    assert added.abs().max() > 12
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_low_score_clears_a_row_early_or_the_first_time_only(kind, given_log_odds):
+    """Of a probe: a model that has learned to comply with a row has nothing to lose by it any more."""
+    scheduler = BDS(**SOURCES[kind], prior="gaussian", **QUICK)
+    state = scheduler.init(rows(5))
+
+    def after(update: int, *scores: float) -> list[float]:
+        """Log-odds of the rows; a score of 0 means none."""
+        state.steps = update
+        slots = torch.tensor(scores).nonzero()[:, 0]
+        scheduler.learn(state, slots, torch.tensor(scores)[slots])
+        return state.log_odds.tolist()
+
+    found = [
+        after(0, 2.0, 0.0, 0.0, 0.0, 0.0),
+        after(EARLY - 1, -1.0, 2.0, 0.0, 0.0, 0.0),
+        after(EARLY, 0.0, 0.0, 2.0, -4.0, 0.0),
+        after(256 + 3, -0.5, -0.5, -0.5, -0.5, -0.5),  # the first late score of rows 0, 1 and 4
+        after(256 + 4, -0.5, -0.5, -0.5, -0.5, -0.5),
+        after(256 + 5, 0.25, 0.25, 0.25, 0.25, 0.25),
+    ]
+    assert state.scored.tolist() == [5, 4, 4, 4, 3]
+    last, before = [2.0, 0.0, 0.0, 0.0, 0.0], [[-1.0, 2.0, 0.0, 0.0, 0.0], [-1.0, 2.0, 2.0, -4.0, 0.0]]
+    if kind == "probe":
+        before = [[1.0, 2.0, 0.0, 0.0, 0.0], [1.0, 2.0, 2.0, -4.0, 0.0]]
+        late = [0.5, 1.5, 2.0, -4.0, -0.5]
+        assert found == [last, *before, late, late, [value + 0.25 for value in late]]
+    elif kind == "none":  # control: without a probe nothing is held back
+        before = [[1.0, 2.0, 0.0, 0.0, 0.0], [1.0, 2.0, 2.0, -4.0, 0.0]]
+        late = [0.5, 1.5, 1.5, -4.5, -0.5]
+        again = [value - 0.5 for value in late]
+        assert found == [last, *before, late, again, [value + 0.25 for value in again]]
+    else:
+        assert found == [last, *before, [-0.5] * 5, [-0.5] * 5, [0.25] * 5]
+
+
+@pytest.mark.parametrize(("first", "back"), [(0, True), (EARLY - 1, True), (EARLY, False), (256 + 3, False)])
+def test_a_row_found_harmful_is_not_cleared_by_the_model_that_it_has_taught(first, back):
+    """The same scores come after; that the row was accused early, when the task was new, makes the difference."""
+    scheduler = BDS(max_probes=255)
+    state = scheduler.init(rows(16))
+    slots, scores = torch.arange(16), torch.zeros(16)
+    scores[3] = 1.0
+    state.steps = first
+    for _ in range(3):
+        scheduler.learn(state, slots, scores)
+    assert scheduler.slot_weights(state)[3] < 0.3
+    for _ in range(8):  # of the early rows the first of these counts, and they are scored in early updates
+        scheduler.learn(state, slots, torch.zeros(16))
+    assert (scheduler.slot_weights(state)[3] > 0.8) == back
+    assert scheduler.slot_weights(state)[3] < 0.3 or back
 
 
 def test_the_sum_of_probabilities_is_that_of_the_judged_rows(given_log_odds):
@@ -453,10 +691,14 @@ def test_counts_left_out_of_the_sum_would_be_noticed(given_log_odds):
 
 
 def close(a: BDSState, b: BDSState, tolerance: float = 2e-6) -> bool:
-    return all(
-        torch.allclose(x.double(), b.tensors()[name].double(), rtol=tolerance, atol=tolerance)
-        for name, x in a.tensors().items()
-    )
+    """The sum over chains depends on the size of a batch in its last digit, and by that the rounding to float16."""
+
+    def alike(name: str, x: Tensor, y: Tensor) -> bool:
+        coarse = x.dtype == torch.float16 or name == "judged"
+        allowed = max(tolerance, 2.0**-10) if coarse else tolerance
+        return torch.allclose(x.double(), y.double(), rtol=allowed, atol=tolerance)
+
+    return all(alike(name, x, b.tensors()[name]) for name, x in a.tensors().items())
 
 
 @over_transforms
@@ -600,8 +842,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[float]]]
     return heard
 
 
-def test_the_covariance_is_that_of_the_visits(told):
-    """Minus numpy.cov of a row's losses and the safety losses of the steps in which it was seen."""
+def test_the_slope_is_that_of_the_visits(told):
+    """Minus the slope, by numpy.cov, of a row's losses on the safety losses of the steps in which it was seen."""
     generator = torch.Generator().manual_seed(0)
     scheduler = BDS(evidence="covariance")
     state = scheduler.init(rows(12))
@@ -617,9 +859,38 @@ def test_the_covariance_is_that_of_the_visits(told):
         ready = [slot for slot in slots.unique().tolist() if len(seen[slot]) > 1]
         assert sorted(last) == ready
         for slot in ready:
-            assert last[slot] == pytest.approx(-np.cov(np.array(seen[slot]).T)[0, 1], abs=2e-6)
+            found = np.cov(np.array(seen[slot]).T)
+            assert last[slot] == pytest.approx(-found[0, 1] / found[1, 1], rel=1e-3, abs=1e-5)
     assert state.moments[0, :9].tolist() == [len(seen[slot]) for slot in range(9)]
+    for slot in range(9):
+        both = np.array(seen[slot])
+        away = both - both.mean(0)
+        exact = [*both.mean(0), (away[:, 0] * away[:, 1]).sum(), (away[:, 1] ** 2).sum()]
+        assert state.moments[1:, slot].tolist() == pytest.approx(exact, abs=1e-5)
     assert not state.moments[:, 9:].any()
+
+
+@pytest.mark.parametrize(("of_rows", "of_safety"), [(1.0, 5.0), (3.0, 1.0), (0.25, 40.0)])
+def test_the_slope_is_in_nats_of_the_row_per_nat_of_the_safety_loss(of_rows, of_safety, told):
+    """Unlike a covariance, which would grow with the one and with the other."""
+    generator = torch.Generator().manual_seed(0)
+    scheduler = BDS(evidence="covariance")
+    one, other = scheduler.init(rows(4)), scheduler.init(rows(4))
+    for number in range(12):
+        nll, safety = torch.rand(4, generator=generator), float(torch.rand((), generator=generator))
+        scheduler.update(one, observation(torch.arange(4), nll, safety, number))
+        scheduler.update(other, observation(torch.arange(4), of_rows * nll, of_safety * safety, number))
+    assert told[-1][1] == pytest.approx([of_rows / of_safety * score for score in told[-2][1]], rel=1e-3)
+    assert max(abs(score) for score in told[-2][1]) > 0.1
+
+
+def test_rows_seen_once_or_under_one_safety_loss_have_no_slope(told):
+    scheduler = BDS(evidence="covariance")
+    state = scheduler.init(rows(3))
+    for number, safety in enumerate((0.5, 0.5, 0.5, 0.75)):
+        slots = torch.tensor([0, 1] if number < 3 else [0, 2])
+        scheduler.update(state, observation(slots, torch.tensor([1.0 + number, 2.0]), safety, number))
+    assert [slots for slots, _ in told] == [[], [], [], [0]]
 
 
 def test_the_covariance_needs_a_safety_loss():
@@ -628,16 +899,19 @@ def test_the_covariance_needs_a_safety_loss():
         scheduler.update(scheduler.init(rows(2)), observation(torch.tensor([0]), torch.tensor([1.0])))
 
 
-def test_a_row_that_is_hard_when_the_model_is_safe_loses_weight_by_its_covariance():
-    """Losses of one row that move against the safety loss, of another that move with it, of a third that do not."""
+@pytest.mark.parametrize("together", [True, False])
+def test_a_row_that_is_hard_when_the_model_is_safe_loses_weight_by_its_covariance(together):
+    """One row's loss moves against the safety loss, one a little with it, six do not; a control: by other draws."""
     scheduler, generator = BDS(evidence="covariance"), torch.Generator().manual_seed(0)
-    state = scheduler.init(rows(3))
-    for number in range(8):
-        safe = 2 * float(torch.randn((), generator=generator))
-        nll = torch.tensor([3.0 - safe, 3.0 + safe, 3.0])
-        scheduler.update(state, observation(torch.arange(3), nll, safe, number))
+    state = scheduler.init(rows(8))
+    for number in range(30):
+        safe, else_ = (2 * float(torch.randn((), generator=generator)) for _ in range(2))
+        nll = 3 + 0.02 * torch.randn(8, generator=generator)
+        moves = safe if together else else_
+        nll[0], nll[1] = nll[0] - moves, nll[1] + 0.3 * moves
+        scheduler.update(state, observation(torch.arange(8), nll, safe, number))
     weights = scheduler.slot_weights(state)
-    assert weights[0] < 0.3
+    assert weights[0] < 0.3 if together else weights[0] > 0.9
     assert weights[1:].min() > 0.9
 
 
@@ -744,7 +1018,7 @@ def test_rows_that_a_stream_brings_start_as_all_rows_do(kind):
             assert tensor.shape == fresh[name].shape
             assert tensor.dtype == fresh[name].dtype
         new = slice(state.rows - 1, None)
-        for name in ("log_odds", "logits", "weight", "harmful", "low", "high", "scored"):
+        for name in ("log_odds", "logits", "weight", "harmful", "low", "high", "sampled", "scored", "since"):
             assert torch.equal(getattr(state, name)[new], fresh[name][new])
         scheduler.learn(state, torch.arange(size - 1), torch.ones(size - 1))
     assert state.scored.tolist() == [3, 3, 2, 1, 1, 1, 1, 1, 0]
@@ -765,9 +1039,12 @@ def test_growth_keeps_the_mean_of_softmax_weights():
 def test_the_table_says_what_is_known_of_every_row():
     session = Session(BDS(), RowIndex(torch.tensor(pad(FIRST + THEN).keys)))
     steps(session, FIRST)
-    table = session.table().to_pydict()
-    known = {"p_harmful", "p_harmful_low", "p_harmful_high", "log_odds", "scored"}
-    assert table.keys() == {"row", "key", "weight", "seen"} | known
+    columns = session.table()
+    table = columns.to_pydict()
+    known = {"p_harmful", "p_harmful_low", "p_harmful_high", "log_odds"}
+    assert table.keys() == {"row", "key", "weight", "seen", "scored"} | known
+    assert {str(columns.schema.field(name).type) for name in ("weight", *known)} == {"float"}
+    assert str(columns.schema.field("scored").type) == "int32"
     assert table["scored"] == [1, 1, 0, 1, 0]  # the first row again in the fourth
     assert table["p_harmful"][0] == table["p_harmful"][3]
     assert table["p_harmful_low"][2:3] + table["p_harmful_high"][2:3] == [0.0, 1.0]
@@ -805,6 +1082,7 @@ class Watch(TorchDispatchMode):
 def test_learning_looks_at_no_row_outside_the_batch(kind):
     """No pass over all rows, and of all tensors with a place for every row the other places stay bit for bit."""
     scheduler, slots = BDS(**KINDS[kind]), torch.tensor([7, 40_000, 123, 7])
+    scheduler._curve_points  # noqa: B018  # a table, made once; it has more places than the set has rows
     state = scheduler.init(rows(N))
     if state.reference.numel():
         state.reference.fill_(0.5)
@@ -827,27 +1105,61 @@ def test_learning_looks_at_no_row_outside_the_batch(kind):
         if tensor.shape[-1:] == (N,):
             assert torch.equal(tensor[..., others], before[name][..., others])
             changed |= {name} if not torch.equal(tensor, before[name]) else set()
-    assert {"log_odds", "harmful", "low", "high", "scored"} <= changed
+    assert {"log_odds", "harmful", "low", "high", "sampled", "scored", "since"} <= changed
 
 
 def test_a_pass_over_all_rows_would_be_noticed():
-    scheduler = BDS(transform="softmax")
-    state = scheduler.init(rows(N))
+    relative, state = BDS(transform="softmax"), BDS(transform="softmax").init(rows(N))
+    scheduler = BDS()
+    own = scheduler.init(rows(N))
+    scheduler._curve_points  # noqa: B018
     for work in (
-        lambda: scheduler.slot_weights(state),
-        lambda: state.weight.sum(),
-        lambda: state.weight.mul_(1.0),
+        lambda: relative.slot_weights(state),
+        lambda: state.logits.sum(),
+        lambda: scheduler.slot_weights(own),
+        lambda: scheduler.columns(own),
+        lambda: own.harmful.sum(),
+        lambda: own.log_odds.mul_(1.0),
+        lambda: own.scored.count_nonzero(),
         lambda: torch.zeros(N),
+        lambda: BDS()._curve_points,
     ):
         with Watch() as watch:
             work()
         assert watch.large
+    with Watch() as watch:  # and what looks at some rows is not
+        own.harmful[torch.tensor([3, 5])].sum()
+    assert watch.large == []
+
+
+def per_row(state: BDSState) -> int:
+    return sum(t[..., :1].numel() * t.element_size() for t in state.tensors().values() if t.shape[-1:] == (N,))
 
 
 def test_bytes_per_row_are_those_that_the_documentation_names():
-    state = BDS().init(rows(N))
-    found = sum(t.numel() * t.element_size() for t in state.tensors().values() if t.shape[-1:] == (N,))
-    assert f"{found // N} bytes per row" in (bds_module.__doc__ or "")
+    assert per_row(BDS().init(rows(N))) == 12
+    assert "12 bytes per row" in (bds_module.__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    # a float32 for softmax, for identity, for a reference loss; five for a slope
+    [("probe", 12), ("none", 12), ("softmax", 16), ("identity", 16), ("adapter", 16), ("covariance", 32)],
+)
+def test_a_row_costs_what_its_options_need_and_learning_does_not_add_to_it(kind, expected):
+    scheduler = BDS(**KINDS[kind], **QUICK)
+    state = scheduler.init(rows(N))
+    types = {name: tensor.dtype for name, tensor in state.tensors().items()}
+    assert per_row(state) == expected
+    for number in range(2):
+        scheduler.learn(state, torch.arange(20), torch.linspace(0, 1, 20))
+        scheduler.update(state, observation(torch.arange(20), torch.ones(20), 0.1 * number))
+    assert per_row(state) == expected
+    assert {name: tensor.dtype for name, tensor in state.tensors().items()} == types
+    assert state.logits.numel() == (N if kind == "softmax" else 0)
+    assert state.weight.numel() == (N if kind == "identity" else 0)
+    # beside them there is nothing that grows
+    assert sum(tensor.numel() for tensor in state.tensors().values() if tensor.shape[-1:] != (N,)) < 20
 
 
 # options --------------------------------------------------------------------------------------------------------------

@@ -294,7 +294,7 @@ def test_own_evidence_and_the_head_add_up_as_log_odds() -> None:
         z = scorer.head.logits(state.phi, scorer.head.read(world.features[rows], scorer.mean, scorer.variance))
         expected = torch.sigmoid(z - evidence).mean(1) / 0.9
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.03)  # a normal for 16 chains
-    state.log_odds[rows] = torch.tensor([12.0, -12.0])
+    state.log_odds[rows] = torch.tensor([12.0, -12.0]).to(state.log_odds)
     overruled = scheduler.weights(state, seen(rows, world.features[rows]))
     assert overruled[0] < 0.1
     assert overruled[1] > 0.9
@@ -306,6 +306,22 @@ def test_a_far_away_row_has_a_wide_interval() -> None:
     near, far = world.features[~world.harmful][:20], 3 + 20 * torch.randn(20, 24, generator=world.random)
     width = [(scores.high - scores.low).mean() for scores in (scorer.score(near), scorer.score(far))]
     assert width[1] > 4 * width[0]
+
+
+def test_the_table_has_the_documented_types() -> None:
+    table = Session(NeuralBDS(), RowIndex(torch.arange(4))).table()
+    names = ("weight", "p_harmful", "p_harmful_low", "p_harmful_high", "log_odds", "head_log_odds")
+    assert {name: str(table.schema.field(name).type) for name in names} == dict.fromkeys(names, "float")
+    assert str(table.schema.field("scored").type) == "int32"
+
+
+def test_a_row_costs_9_bytes_more_than_without_a_head() -> None:
+    index = RowIndex(torch.arange(5000))
+
+    def per_row(state: Any) -> float:
+        return sum(t.numel() * t.element_size() for t in state.tensors().values() if t.shape[-1:] == (5000,)) / 5000
+
+    assert per_row(NeuralBDS().init(index)) == per_row(BDS().init(index)) + 9 == 21
 
 
 # what is measured -----------------------------------------------------------------------------------------------------

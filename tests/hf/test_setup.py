@@ -366,7 +366,7 @@ def test_two_trainers_in_one_process_do_not_meet(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("cls", [SFTTrainer, InModelSFT])
 def test_bds_sees_the_losses_of_the_rows(cls: type, tmp_path: Any) -> None:
-    """The loss that BDS learns from is the row's own, however the trainer computes it."""
+    """The loss that the released rule learns from is the row's own, however the trainer computes it."""
     model = make_model()
     seen: dict[int, float] = {}
 
@@ -375,7 +375,7 @@ def test_bds_sees_the_losses_of_the_rows(cls: type, tmp_path: Any) -> None:
             seen.update(zip(step.slots.tolist(), step.nll.tolist(), strict=True))
             return super().update(state, step)
 
-    ours = SafeSchedCallback(Spy())
+    ours = SafeSchedCallback(Spy(compat="released"))
     trainer = make_sft(tmp_path, ROWS, model=model, callbacks=[ours], max_steps=6, learning_rate=0.0)
     trainer.__class__ = cls
     trainer.train()

@@ -326,21 +326,22 @@ class BDS:
         benign = (1 - self._now(state, where, state.harmful)) / self._prior_mean
         return torch.where(state.scored[where] > 0, benign, 1.0)
 
-    def _now(self, state: BDSState, where: Any, sampled: Tensor) -> Tensor:
+    def _now(self, state: BDSState, where: Any, sampled: Tensor, which: int = 0) -> Tensor:
         """What was sampled of P(harmful), float32, with the change since in the share found: exact, by a sum over z."""
         then = state.sampled[where].float()
         now = torch.where(state.scored[where] > 0, self._total(state, where), then)
-        return (sampled[where].float() + self._curve(now) - self._curve(then)).clamp(0, 1)
+        return (sampled[where].float() + self._curve(now, which) - self._curve(then, which)).clamp(0, 1)
 
     def columns(self, state: Any) -> dict[str, Tensor]:
         """What the table says of every slot beside its weight."""
         if self._released is not None:
             return {}
         everywhere = slice(None)
+        p = self._now(state, everywhere, state.harmful)
         return {
-            "p_harmful": self._now(state, everywhere, state.harmful),
-            "p_harmful_low": self._now(state, everywhere, state.low),
-            "p_harmful_high": self._now(state, everywhere, state.high),
+            "p_harmful": p,
+            "p_harmful_low": torch.minimum(self._now(state, everywhere, state.low, 1), p),
+            "p_harmful_high": torch.maximum(self._now(state, everywhere, state.high, 2), p),
             "log_odds": state.log_odds.float(),
             "scored": state.scored.to(torch.int32),
         }
@@ -417,10 +418,11 @@ class BDS:
         state.since[slots] = min(state.steps, 255)
         new = state.scored[slots] == 0
         state.harmful[slots[new]] = 0.0
-        state.judged[0] += float(new.sum())
         state.scored[slots] = (state.scored[slots].long() + 1).clamp(max=255).to(torch.uint8)
+        chains = self._resample(state, slots)
+        state.judged[0] += float(new.sum())  # only now: till then they would count as judged and harmless
         return {
-            **self._resample(state, slots),
+            **chains,
             "score_variance": calibration.variance,
             "score_harmful_mean": calibration.harmful_mean,
             "harmful_rows": float(state.judged[1]),
@@ -543,11 +545,12 @@ class BDS:
         """The mean of w before any evidence: the weight that counts as 1."""
         return self._mean_under_prior(self._transform)
 
-    def _curve(self, total: Tensor) -> Tensor:
-        """P(harmful) for log-odds, share included, without Monte-Carlo noise: float32."""
-        place = ((total.double() + _RANGE) / _GRID).clamp(0, len(self._curve_points) - 1.001)
+    def _curve(self, total: Tensor, which: int = 0) -> Tensor:
+        """P(harmful), or its 5 % or 95 % quantile, for log-odds, share included, without Monte-Carlo noise: float32."""
+        points = self._curve_points[which]
+        place = ((total.double() + _RANGE) / _GRID).clamp(0, len(points) - 1.001)
         low = place.long()
-        left, right = self._curve_points[low], self._curve_points[low + 1]
+        left, right = points[low], points[low + 1]
         return torch.lerp(left, right, place - low).float()
 
     @functools.cached_property
@@ -557,9 +560,13 @@ class BDS:
         z = torch.linspace(-width, width, 2001, dtype=torch.float64)
         totals = torch.arange(-_RANGE, _RANGE + _GRID, _GRID, dtype=torch.float64)[:, None]
         energy = self.energy(z, totals, "sigmoid")
+        harmful = torch.sigmoid(-z)
         if not heat:
-            return torch.sigmoid(-z[energy.argmin(1)])
-        return (torch.softmax(-energy / heat, 1) * torch.sigmoid(-z)).sum(1)
+            return harmful[energy.argmin(1)].expand(3, -1)
+        density = torch.softmax(-energy / heat, 1)
+        below = density.cumsum(1) - density / 2  # of z, which falls as P(harmful) rises
+        places = [(below < share).sum(1).clamp(max=z.numel() - 1) for share in (0.95, 0.05)]
+        return torch.stack([(density * harmful).sum(1), *(harmful[place] for place in places)])
 
     def _mean_under_prior(self, transform: Transform) -> float:
         """The mean of a transform under ``exp(-U / T)`` without scores, by a sum over the logit; T = 0: at the mode."""

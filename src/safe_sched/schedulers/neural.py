@@ -342,7 +342,7 @@ class NeuralBDS:
             "p_harmful": p,
             "p_harmful_low": low,
             "p_harmful_high": high,
-            "log_odds": state.log_odds,
+            "log_odds": state.log_odds.float(),
             "head_log_odds": -state.logit,
             "scored": state.scored.to(torch.int32),
         }
