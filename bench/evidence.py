@@ -227,6 +227,26 @@ def carry_out(wanted: Sequence[Plan], lines: Path, console: Console) -> list[dic
     return [done[plan] for plan in wanted]
 
 
+def read(files: Sequence[Path]) -> tuple[list[dict[str, Any]], str]:
+    """The runs in some files, and the commands that make them; all must be of one code."""
+    records = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    codes = {record["code"] for record in records}
+    if len(codes) != 1:
+        raise SystemExit(f"the runs in {', '.join(map(str, files))} are of {len(codes)} codes; give runs of one")
+    groups: dict[tuple[Any, ...], dict[str, set[Any]]] = {}
+    for plan in (record["plan"] for record in records):
+        group = groups.setdefault((plan["arm"], plan["safety_rows"], plan["safety_batch"]), {})
+        for name in ("task", "share", "seed"):
+            group.setdefault(name, set()).add(plan[name])
+    commands = []
+    for (arm, rows, batch), group in groups.items():
+        words = ["--arms", arm, "--safety-rows", rows, "--safety-batches", batch]
+        for option, name in (("--tasks", "task"), ("--shares", "share"), ("--seeds", "seed")):
+            words += [option, *sorted(group[name])]
+        commands.append(shlex.join(["python", "bench/evidence.py", *map(str, words)]))
+    return records, "\n".join(commands)
+
+
 def ends_in_newline(path: Path) -> bool:
     text = path.read_bytes()
     return not text or text.endswith(b"\n")
@@ -251,12 +271,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=600, help="of the fine-tuning file (default: 600)")
     parser.add_argument("--epochs", type=int, default=study.EPOCHS, help=f"default: {study.EPOCHS}")
     parser.add_argument("--json", type=Path, default=Path("runs/evidence.json"), help="default: runs/evidence.json")
+    parser.add_argument(
+        "--report", type=Path, nargs="+", metavar="LINES", help="run nothing: report the runs in these JSON lines files"
+    )
     parser.add_argument("--out", type=Path, help="write the report as a Markdown page, with its figure beside it")
     options = parser.parse_args(arguments)
     command = shlex.join(["python", "bench/evidence.py", *(sys.argv[1:] if arguments is None else arguments)])
 
     console = Console()
-    records = carry_out(plans(options), options.json.with_suffix(".jsonl"), console)
+    if options.report:
+        records, command = read(options.report)
+    else:
+        records = carry_out(plans(options), options.json.with_suffix(".jsonl"), console)
     options.json.write_text(json.dumps({"command": command, "runs": records}, indent=1) + "\n", encoding="utf-8")
     evidence_page.show(records, console)
     console.print(f"written to {options.json}", soft_wrap=True)

@@ -483,7 +483,7 @@ class NeuralBDS:
         return torch.sigmoid(evidence - z) - torch.sigmoid(-z)
 
     def curvature(self, z: Tensor, evidence: Tensor) -> Tensor:
-        """Scale of the second derivative of u, not negative; 1/4, or |E| / 4, at most."""
+        """Scale of the second derivative of u, not negative; 1/4, or abs(E) / 4, at most."""
         bend = torch.sigmoid(z) * torch.sigmoid(-z)
         return evidence.abs() * bend if self.energy == "weights" else bend
 
