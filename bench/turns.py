@@ -55,8 +55,8 @@ class Sizes:
     sequence: int = 256
     batch: int = 8
     arms: Sequence[int] = (0, 1, 2, 3, 4, 5)
-    rounds: int = 16
-    evidence_rounds: int = 8
+    rounds: int = 10
+    evidence_rounds: int = 7
     warm_up: int = 2
 
 
@@ -85,7 +85,7 @@ def bds_with_safety(sizes: Sizes, share: float, evidence: Any = None, **options:
 
 
 def _evidence_arms(share: float) -> tuple[Arm, Arm, Arm]:
-    what = f"{share:g} safety rows a row"
+    what = f"{share:g} safety row{'s' if share != 1 else ''} a row"
     return (
         Arm(f"{what}: no evidence", lambda sizes: bds_with_safety(sizes, share)),
         Arm(f"{what}: every row measured", lambda sizes: bds_with_safety(sizes, share, "probe")),
