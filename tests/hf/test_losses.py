@@ -345,6 +345,8 @@ def test_a_folder_is_no_reason_to_use_the_network(plain: Path, tmp_path: Path, m
 
     save_adapter(tmp_path / "adapter")
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    # where it is sent from: the hub's client may have been made offline by a test before, and then never asks a socket
+    monkeypatch.setattr(_telemetry, "_send_telemetry_in_thread", lambda *_, **sent: asked.append(sent))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
     measured(plain, CHATS, tmp_path, "--adapter", tmp_path / "adapter", "--assistant-only-loss")
