@@ -16,9 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from safe_sched import BDS
@@ -28,6 +26,8 @@ from safe_sched_hf.rows import index_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run as a script: python bench/overhead.py
 from bench import turns
+from bench.report import Section, show
+from bench.report import markdown as page
 from bench.turns import ARMS, THREADS
 
 MEMORY_TARGET = 1.02
@@ -48,16 +48,6 @@ class Sizes:
 
 
 QUICK = Sizes(turns.QUICK, (10**3,), 0.05, ((200, 16),), 2)
-
-
-@dataclass(frozen=True)
-class Section:
-    """One table of the report."""
-
-    title: str
-    note: str
-    header: Sequence[str]
-    lines: Sequence[Sequence[str]]
 
 
 def spread(values: Sequence[float], digits: int) -> tuple[str, str]:
@@ -209,7 +199,7 @@ def machine() -> str:
 
 def markdown(sections: Sequence[Section], command: str, setting: str) -> str:
     """The report as a page."""
-    parts = [
+    opening = [
         "# What it costs",
         f"Measured on the CPU, everything in one run of\n\n```text\n{command}\n```\n\n{setting}",
         "In training every arm has a process of its own, and the processes take turns, one optimiser step each, so "
@@ -218,11 +208,7 @@ def markdown(sections: Sequence[Section], command: str, setting: str) -> str:
         + " and ".join(f"`{name}={value}`" for name, value in turns.QUIETER.items())
         + ", which makes a step shorter and its time steadier.",
     ]
-    for section in sections:
-        rows = [section.header, ["---"] * len(section.header), *section.lines]
-        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        parts += [f"## {section.title}", section.note, table]
-    return "\n\n".join(parts) + "\n"
+    return page(opening, sections)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -242,14 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setting = f"{machine()} Load average before the run: {load:.1f}."
     if options.quick:
         setting += " A quick run: the numbers mean nothing."
-    for section in sections:
-        table = Table(title=section.title, caption=section.note.replace("`", ""), box=SIMPLE_HEAD)
-        for number, name in enumerate(section.header):
-            table.add_column(name, justify="right" if number and name != "target" else "left")
-        for line in section.lines:
-            table.add_row(*line)
-        console.print(table)
-    console.print(setting, soft_wrap=True)
+    show(sections, setting, console)
     if options.out:
         options.out.write_text(markdown(sections, command, setting), encoding="utf-8")
 

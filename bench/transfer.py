@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run as a script: python bench/transfer.py
+from bench.report import Section, show
+from bench.report import markdown as page
 from examples.demo import model as demo_model
 from examples.demo import study, tasks, words
 from safe_sched import BDS, NeuralBDS
@@ -170,16 +170,6 @@ def auroc(harmful: np.ndarray, benign: np.ndarray) -> float:
 # report -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Section:
-    """One table of the report."""
-
-    title: str
-    note: str
-    header: Sequence[str]
-    lines: Sequence[Sequence[str]]
-
-
 def spread(values: Sequence[float]) -> str:
     """Mean, and range where it shows."""
     mean, low, high = float(np.mean(values)), min(values), max(values)
@@ -218,16 +208,12 @@ def report(results: dict[str, list[dict[str, np.ndarray]]], raw: dict[str, np.nd
 
 def markdown(sections: Sequence[Section], command: str, setting: str) -> str:
     """The report as a page."""
-    parts = [
+    opening = [
         "# Transfer",
         "A head that `NeuralBDS` has trained on one file scores rows of other files, without training. Made by\n\n"
         f"```text\n{command}\n```\n\n{setting}",
     ]
-    for section in sections:
-        rows = [section.header, ["---"] * len(section.header), *section.lines]
-        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        parts += [f"## {section.title}", section.note, table]
-    return "\n\n".join(parts) + "\n"
+    return page(opening, sections)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -259,14 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if options.quick:
         setting += " A quick run: the numbers mean nothing."
-    for section in sections:
-        table = Table(title=section.title, caption=section.note.replace("`", ""), box=SIMPLE_HEAD)
-        for number, heading in enumerate(section.header):
-            table.add_column(heading, justify="right" if number else "left")
-        for line in section.lines:
-            table.add_row(*line)
-        console.print(table)
-    console.print(setting, soft_wrap=True)
+    show(sections, setting, console)
     if options.out:
         options.out.write_text(markdown(sections, command, setting), encoding="utf-8")
 

@@ -177,15 +177,29 @@ class Attachment:
     def aim(self) -> None:
         """Before an optimiser step, while gradients are empty: make ready to measure the rows that are due in it."""
         if self.probe is not None:
-            due = any(bool(self._due(batch).any()) for batch, _ in [*self._queue, *((b, 0) for _, b in self._past)])
-            self.probe.aim(self.session.steps, due, [batch for batch, _ in self._queue])
+            batches = [batch for batch, _ in self._queue]
+            due = self._anything_doubtful() or any(bool(self._due(batch).any()) for batch in batches)
+            self.probe.aim(self.session.steps, due, batches)
+
+    def _asked(self, batch: Batch, question: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        """The scheduler's answer for the rows of a micro-batch: bool (rows,), False for those that teach nothing."""
+        answer = batch.slots >= 0
+        answer[answer.clone()] = question(self.session.state, batch.slots[answer])
+        return answer
 
     def _due(self, batch: Batch) -> Tensor:
-        scheduler, due = self.session.scheduler, batch.slots >= 0
+        scheduler = self.session.scheduler
         if not isinstance(scheduler, Evidential):
-            return torch.zeros_like(due)
-        due[due.clone()] = scheduler.due(self.session.state, batch.slots[due])
-        return due
+            return torch.zeros_like(batch.slots, dtype=torch.bool)
+        return self._asked(batch, scheduler.due)
+
+    def _anything_doubtful(self) -> bool:
+        """Whether a past micro-batch is worth a second look; one question for all, as it is asked every step."""
+        scheduler = self.session.scheduler
+        if not self._past or not isinstance(scheduler, Evidential):
+            return False
+        slots = torch.cat([batch.slots for _, batch in self._past])
+        return bool(scheduler.doubtful(self.session.state, slots[slots >= 0]).any())
 
     def _measure(
         self, batch: Batch, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -207,18 +221,18 @@ class Attachment:
         due = self._due(batch)
         if not bool(due.any()):
             return None
-        if bool((due & (batch.slots >= 0)).any()):
-            self._past.append(({k: v.cpu() if isinstance(v, Tensor) else v for k, v in inputs.items()}, batch))
+        self._past.append(({k: v.cpu() if isinstance(v, Tensor) else v for k, v in inputs.items()}, batch))
         return due, self.probe(trainer._prepare_inputs(inputs), batch, due)
 
     def _look_again(self, model: nn.Module) -> None:
         """Measure the doubtful rows of one past micro-batch, both forwards now."""
         session, scheduler = self.session, self.session.scheduler
+        if not self._anything_doubtful():
+            return
         assert self.probe is not None
         assert isinstance(scheduler, Evidential)
         for inputs, batch in self._past:
-            doubtful = batch.slots >= 0
-            doubtful[doubtful.clone()] = scheduler.doubtful(session.state, batch.slots[doubtful])
+            doubtful = self._asked(batch, scheduler.doubtful)
             if bool(doubtful.any()):
                 inputs = self.trainer._prepare_inputs(inputs)
                 before = lines_log_probs(model, self.trainer, inputs, batch, doubtful, whole=self.probe.draws)

@@ -20,7 +20,7 @@ from safe_sched.identity import IGNORE_INDEX, Layout, label_positions
 from safe_sched.losses import label_log_probs
 from safe_sched.probe import Direction, Opening, opening_of, refusal_margin
 from safe_sched.session import Batch
-from safe_sched_hf.safety import SafetySet, has_fused_head
+from safe_sched_hf.safety import SafetySet, has_fused_head, pad_rows
 
 REFRESH = 12
 """Optimiser steps after which the direction is found again, as parameters move; later, a quarter of all steps."""
@@ -114,7 +114,7 @@ class Probe:
         try:
             for start in range(0, len(prompts), _AT_ONCE):
                 part = prompts[start : start + _AT_ONCE]
-                ids, mask = _padded(part, self.pad, self.trainer.args.device)
+                ids, mask = (x.to(self.trainer.args.device) for x in pad_rows(part, self.pad))
                 with self.trainer.compute_loss_context_manager():
                     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
                     last = logits[torch.arange(len(part), device=logits.device), mask.sum(1) - 1]
@@ -242,13 +242,3 @@ def _quiet_checkpoints() -> Iterator[None]:
 def _same_random_numbers() -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
         yield
-
-
-def _padded(rows: list[Tensor], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(row.numel() for row in rows)
-    ids = torch.full((len(rows), longest), pad)
-    mask = torch.zeros_like(ids)
-    for line, row in enumerate(rows):
-        ids[line, : row.numel()] = row
-        mask[line, : row.numel()] = 1
-    return ids.to(device), mask.to(device)

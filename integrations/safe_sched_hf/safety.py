@@ -81,14 +81,8 @@ class SafetySet:
         """
         first, count = step * self.batch_size, len(self.rows)
         picked = [self.rows[self._round(i // count)[i % count]] for i in range(first, first + self.batch_size)]
-        longest = max(tokens.numel() for tokens, _ in picked)
-        ids = torch.full((len(picked), longest), self.pad)
-        labels = torch.full_like(ids, IGNORE_INDEX)
-        mask = torch.zeros_like(ids)
-        for line, (row_tokens, row_labels) in enumerate(picked):
-            ids[line, : row_tokens.numel()] = row_tokens
-            labels[line, : row_tokens.numel()] = row_labels
-            mask[line, : row_tokens.numel()] = 1
+        ids, mask = pad_rows([tokens for tokens, _ in picked], self.pad)
+        labels, _ = pad_rows([labels for _, labels in picked], IGNORE_INDEX)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def fingerprint(self) -> str:
@@ -101,6 +95,21 @@ class SafetySet:
         # torch.Generator spreads seeds badly when they differ in few bits: mix round and seed first
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) & 0x7FFF_FFFF_FFFF_FFFF)
         return torch.randperm(len(self.rows), generator=generator).tolist()
+
+
+def pad_rows(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths side by side, padded on the right.
+
+    Args:
+        rows: int64 (tokens,) each.
+        pad: What to pad with.
+
+    Returns:
+        The rows and their attention mask, int64 (rows, longest).
+    """
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad)
+    lengths = torch.tensor([row.numel() for row in rows])
+    return padded, (torch.arange(padded.shape[1]) < lengths[:, None]).long()
 
 
 def safety_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
