@@ -349,6 +349,7 @@ def test_a_folder_is_no_reason_to_use_the_network(plain: Path, tmp_path: Path, m
     monkeypatch.setattr(_telemetry, "_send_telemetry_in_thread", lambda *_, **sent: asked.append(sent))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.delenv("CI", raising=False)  # where TRL would tell nobody either
     measured(plain, CHATS, tmp_path, "--adapter", tmp_path / "adapter", "--assistant-only-loss")
     _telemetry._TELEMETRY_QUEUE.join()
     assert not asked
