@@ -30,6 +30,16 @@ def core_rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def core_refusals() -> list[str]:
+    """About a hundred refusals of one line each, which say nothing of what they refuse.
+
+    Example:
+        >>> core_refusals()[0]
+        "I can't help with that."
+    """
+    return resources.files("safe_sched.data").joinpath("refusals.txt").read_text(encoding="utf-8").splitlines()
+
+
 def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows as dictionaries, from a file, from the package's safety set, or from anything that yields mappings.
 
