@@ -26,6 +26,7 @@ gradients for all that is trained, and no second tensor of the size of the logit
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -41,9 +42,10 @@ from safe_sched.identity import IGNORE_INDEX, Layout, layout_of
 from safe_sched.losses import label_log_probs, nll_from_log_probs
 from safe_sched.probe import row_scores
 from safe_sched.session import Batch, Session
-from safe_sched.types import Evidential
+from safe_sched.types import evidential, experts_of
 from safe_sched_hf.features import RowFeatures
 from safe_sched_hf.probe import Probe, adapter_active, lines_log_probs
+from safe_sched_hf.refusals import Refusals
 
 _PAST = 64  # micro-batches whose tokens are kept
 
@@ -97,10 +99,13 @@ def batch_fields(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Layout]:
 class Attachment:
     """A session bound to one ``train()`` of one trainer. Use `attach` and `detach`."""
 
-    def __init__(self, trainer: Trainer, session: Session, probe: Probe | None = None) -> None:
+    def __init__(
+        self, trainer: Trainer, session: Session, probe: Probe | None = None, refusals: Refusals | None = None
+    ) -> None:
         self.trainer = trainer
         self.session = session
         self.probe = probe
+        self.refusals = refusals
         self.features = RowFeatures.wanted_by(session.scheduler, trainer.processing_class, trainer.args.device)
         self._metrics: dict[str, list[float]] = {}
         self._state = trainer.state  # every train() makes a new one
@@ -176,38 +181,39 @@ class Attachment:
 
     def aim(self) -> None:
         """Before an optimiser step, while gradients are empty: make ready to measure the rows that are due in it."""
+        batches = [batch for batch, _ in self._queue]
+        if self.refusals is not None:
+            self.refusals.before_step(batches)
         if self.probe is not None:
-            batches = [batch for batch, _ in self._queue]
             due = self._anything_doubtful() or any(bool(self._due(batch).any()) for batch in batches)
             self.probe.aim(self.session.steps, due, batches)
 
-    def _asked(self, batch: Batch, question: Callable[[Any, Tensor], Tensor]) -> Tensor:
-        """The scheduler's answer for the rows of a micro-batch: bool (rows,), False for those that teach nothing."""
-        answer = batch.slots >= 0
-        answer[answer.clone()] = question(self.session.state, batch.slots[answer])
+    def _asked(self, batch: Batch, question: str) -> Tensor:
+        """A probed scheduler's answer for rows of a micro-batch: bool (rows,), False for those that teach nothing."""
+        answer = torch.zeros_like(batch.slots, dtype=torch.bool)
+        teaches = batch.slots >= 0
+        for scheduler, state in evidential(self.session.scheduler, self.session.state, "probe"):
+            answer[teaches] |= getattr(scheduler, question)(state, batch.slots[teaches])
         return answer
 
     def _due(self, batch: Batch) -> Tensor:
-        scheduler = self.session.scheduler
-        if not isinstance(scheduler, Evidential):
-            return torch.zeros_like(batch.slots, dtype=torch.bool)
-        return self._asked(batch, scheduler.due)
+        return self._asked(batch, "due")
 
     def _anything_doubtful(self) -> bool:
         """Whether a past micro-batch is worth a second look; one question for all, as it is asked every step."""
-        scheduler = self.session.scheduler
-        if not self._past or not isinstance(scheduler, Evidential):
+        if not self._past:
             return False
         slots = torch.cat([batch.slots for _, batch in self._past])
-        return bool(scheduler.doubtful(self.session.state, slots[slots >= 0]).any())
+        probed = evidential(self.session.scheduler, self.session.state, "probe")
+        return any(bool(scheduler.doubtful(state, slots[slots >= 0]).any()) for scheduler, state in probed)
 
     def _measure(
         self, batch: Batch, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor] | None:
         """Run what the evidence needs of a micro-batch before its training forward."""
         session, trainer = self.session, self.trainer
-        reference = getattr(session.scheduler, "adapter", None)
-        if reference is not None:
+        named = [getattr(scheduler, "adapter", None) for scheduler, _ in experts_of(session.scheduler, session.state)]
+        for reference in filter(None, named):
             lacking = session.lacking_reference(batch)
             if bool(lacking.any()):
                 with adapter_active(model, reference):
@@ -226,19 +232,17 @@ class Attachment:
 
     def _look_again(self, model: nn.Module) -> None:
         """Measure the doubtful rows of one past micro-batch, both forwards now."""
-        session, scheduler = self.session, self.session.scheduler
         if not self._anything_doubtful():
             return
         assert self.probe is not None
-        assert isinstance(scheduler, Evidential)
         for inputs, batch in self._past:
-            doubtful = self._asked(batch, scheduler.doubtful)
+            doubtful = self._asked(batch, "doubtful")
             if bool(doubtful.any()):
                 inputs = self.trainer._prepare_inputs(inputs)
                 before = lines_log_probs(model, self.trainer, inputs, batch, doubtful, whole=self.probe.draws)
                 after = self.probe(inputs, batch, doubtful)
                 scores = row_scores(before, after, batch.labels, batch.layout).cpu()
-                session.learn(batch.slots[doubtful], scores[doubtful])
+                self.session.learn(batch.slots[doubtful], scores[doubtful], "probe")
                 return
 
     def _log(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
@@ -291,7 +295,8 @@ class Attachment:
     ) -> None:
         session, labels, layout = self.session, batch.labels, batch.layout
         moved, self._moved = self._moved, None
-        needs_nll = session.scheduler.needs_nll or moved is not None
+        pending = None if self.refusals is None else self.refusals.pending(batch)
+        needs_nll = session.scheduler.needs_nll or moved is not None or (pending is not None and pending.needs_nll)
         get: Callable[[str], Any] = lambda name: output.get(name) if isinstance(output, Mapping) else None  # noqa: E731
         log_probs, logits, per_token = get("log_probs"), seen.get("logits", get("logits")), None
         if log_probs is not None and get("label_mask") is not None:
@@ -326,7 +331,10 @@ class Attachment:
         if moved is not None and per_token is not None:
             due, after = moved
             scores = row_scores(per_token, after.to(per_token.device), labels, layout).cpu()
-            session.learn(batch.slots[due], scores[due])
+            session.learn(batch.slots[due], scores[due], "probe")
+        if self.refusals is not None and pending is not None:
+            logits_at = functools.partial(_logits_at, logits, seen.get("hidden"), head)
+            self.refusals.after_forward(batch, nll, logits_at)
         features = None
         if self.features is not None:
             features = self.features(seen.get("hidden"), batch.input_ids, labels, layout, batch.slots)
@@ -337,6 +345,21 @@ class Attachment:
             return token_weights(batch.factors, layout)
 
         scale_gradient(gated, factors)
+
+
+def _logits_at(
+    logits: Tensor | None, hidden: Tensor | None, head: nn.Module | None, lines: Tensor, columns: Tensor
+) -> Tensor:
+    """Logits of a training forward at some places, from its last hidden state where it shows none."""
+    if logits is not None:
+        return logits[lines.to(logits.device), columns.to(logits.device)]
+    if hidden is None or head is None:
+        raise ModelError(
+            'refusal_cost="first_token" reads logits or the last hidden state of the training forward, and this model '
+            'shows neither; use refusal_cost="shared_prefix"'
+        )
+    with torch.no_grad():
+        return head(hidden[lines.to(hidden.device), columns.to(hidden.device)])
 
 
 _UNFUSE = (

@@ -14,14 +14,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import safe_sched
 from safe_sched.errors import DataError, ModelError, NumericsError, OptionError, unknown_name
+from safe_sched.rows import CORE
 from safe_sched.schedulers import build
 from safe_sched.scorer import Scorer
 from safe_sched.session import Normalizer, Session, require_normalizer
 from safe_sched.state import MANIFEST_FILE, STATE_FILE
-from safe_sched.types import Evidential, Scheduler
+from safe_sched.types import Scheduler
 from safe_sched_hf.attachment import Attachment, calling_trainer
 from safe_sched_hf.noise import add_noise
 from safe_sched_hf.probe import Probe
+from safe_sched_hf.refusals import Refusals
 from safe_sched_hf.rows import first_rows, index_rows
 from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, safety_loss
 
@@ -44,7 +46,7 @@ class SafeSchedCallback(TrainerCallback):
             SFTTrainer takes. Plain prompts and completions are put into the chat template where the training rows
             are chats. None: no safety batch.
         safety_batch_size: Safety rows per optimiser step, >= 1. None: ``per_device_train_batch_size``.
-        safety_weight: Factor of the safety loss, > 0.
+        safety_weight: Factor of the safety loss, >= 0. At 0 the rows are not trained on: the scheduler only asks them.
         normalizer: What the weighted loss is a mean over: ``"token"``, the trainer's own; or ``"row"``, the mean over
             rows of each row's mean. See `safe_sched.session.Session`.
         model_temperature: Temperature of Langevin noise on the model's own parameters, >= 0; 1 makes the run an SGLD
@@ -84,22 +86,21 @@ class SafeSchedCallback(TrainerCallback):
             raise unknown_name("option of SafeSchedCallback", name, _OPTIONS)
         if safety_batch_size is not None and safety_batch_size < 1:
             raise OptionError(f"safety_batch_size={safety_batch_size}; allowed: a whole number >= 1, or None")
-        if not 0 < safety_weight < float("inf"):
-            raise OptionError(
-                f"safety_weight={safety_weight}; allowed: a finite number > 0. To train without safety rows leave "
-                "safety_data out."
-            )
+        if not 0 <= safety_weight < float("inf"):
+            raise OptionError(f"safety_weight={safety_weight}; allowed: a finite number >= 0")
         if not 0 <= model_temperature < float("inf"):
             raise OptionError(f"model_temperature={model_temperature}; allowed: a finite number >= 0, usually 0 or 1")
         require_normalizer(normalizer)
         self.scheduler = build(scheduler)
         if not isinstance(self.scheduler, Scheduler):
             raise OptionError(f"{scheduler!r} is not a scheduler; use safe_sched.BDS, safe_sched.Fixed, or a name")
-        if safety_data is None and self._evidence() in ("probe", "covariance"):
+        for evidence in self._evidence() & {"probe", "covariance"} if safety_data is None else ():
             raise OptionError(
-                f'{self.scheduler.name!r} with evidence="{self._evidence()}" learns from safety rows: '
+                f'{self.scheduler.name!r} with evidence="{evidence}" learns from safety rows: '
                 'give safety_data, for example safety_data="core"'
             )
+        if not safety_weight and self._evidence() & {"covariance"}:
+            raise OptionError('evidence="covariance" needs a safety loss in every step: give safety_weight > 0')
         self.safety_data = safety_data
         self.safety_batch_size = safety_batch_size
         self.safety_weight = safety_weight
@@ -110,8 +111,10 @@ class SafeSchedCallback(TrainerCallback):
         self._safety: SafetySet | None = None
         self._attachment: Attachment | None = None
 
-    def _evidence(self) -> str | None:
-        return self.scheduler.evidence if isinstance(self.scheduler, Evidential) else None
+    def _evidence(self) -> set[str]:
+        """What its scheduler, or the parts of it, learn from."""
+        parts = getattr(self.scheduler, "parts", (self.scheduler,))
+        return {kind for part in parts if (kind := getattr(part, "evidence", None))}
 
     @property
     def session(self) -> Session:
@@ -164,7 +167,8 @@ class SafeSchedCallback(TrainerCallback):
         _refuse_unsupported(trainer)
         loader = kwargs["train_dataloader"]
         index = index_rows(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
-        self._safety = self._read_safety(args, kwargs.get("processing_class"), first_rows(loader.dataset))
+        tokenizer, sample = kwargs.get("processing_class"), first_rows(loader.dataset)
+        self._safety = self._read_safety(self.safety_data, args, tokenizer, sample)
         settings: dict[str, Any] = {"safety": self._safety_settings()}
         if self.model_temperature:
             settings["model_temperature"] = self.model_temperature
@@ -172,15 +176,23 @@ class SafeSchedCallback(TrainerCallback):
         if state.global_step > 0:
             folder = resumed_from or f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             self._session.load(Path(folder) / STATE_FILE, steps=state.global_step)
-        probe = Probe(trainer, self._safety) if self._safety is not None and self._evidence() == "probe" else None
-        self._attachment = Attachment(trainer, self._session, probe)
+        evidence, probe, refusals = self._evidence(), None, None
+        if "probe" in evidence and self._safety is not None:
+            probe = Probe(trainer, self._safety)
+        if "refusal" in evidence:
+            asked = self._safety or self._read_safety(CORE, args, tokenizer, sample)
+            assert asked is not None
+            refusals = Refusals(trainer, self._session, asked)
+        self._attachment = Attachment(trainer, self._session, probe, refusals)
         self._attachment.attach()
 
-    def _read_safety(self, args: TrainingArguments, tokenizer: Any, sample: list[list[int]]) -> SafetySet | None:
-        if self.safety_data is None:
+    def _read_safety(
+        self, data: SafetyData | None, args: TrainingArguments, tokenizer: Any, sample: list[list[int]]
+    ) -> SafetySet | None:
+        if data is None:
             return None
         return SafetySet(
-            self.safety_data,
+            data,
             tokenizer,
             max_length=getattr(args, "max_length", None),
             batch_size=self.safety_batch_size or args.per_device_train_batch_size,
@@ -204,9 +216,11 @@ class SafeSchedCallback(TrainerCallback):
     ) -> None:
         """Run the safety batch: gradients are empty now, so the user's micro-batches add to its own."""
         attachment = self._attachment
-        if self._safety is None or attachment is None:
+        if attachment is None:
             return
         attachment.aim()
+        if self._safety is None or not self.safety_weight:
+            return
         trainer = attachment.trainer
         batch = {k: v.to(args.device) for k, v in self._safety.batch(state.global_step).items()}
         model = trainer.model

@@ -152,16 +152,10 @@ def are_chats(rows: Iterable[Sequence[int]], tokenizer: Any) -> bool:
         rows: Some training rows, as token ids.
         tokenizer: The trainer's tokenizer or processor.
     """
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if not getattr(tokenizer, "chat_template", None):
+    mark = assistant_mark(tokenizer)
+    if mark is None:
         return False
-    turn = [{"role": "user", "content": "Hello"}]
-    without, with_mark = (
-        tokenizer.apply_chat_template(turn, add_generation_prompt=asked, return_dict=True)["input_ids"]
-        for asked in (False, True)
-    )
-    mark = with_mark[len(without) :]
-    if not mark or with_mark[: len(without)] != without:
+    if not mark:
         return True  # a template without a mark to look for: better a chat too many than a format that is not used
 
     def holds(row: Sequence[int]) -> bool:
@@ -170,6 +164,26 @@ def are_chats(rows: Iterable[Sequence[int]], tokenizer: Any) -> bool:
 
     found = [holds(row) for row in rows]
     return 2 * sum(found) >= len(found)  # a row that was cut may have lost its mark
+
+
+def assistant_mark(tokenizer: Any) -> list[int] | None:
+    """The tokens with which a chat template opens an assistant's turn.
+
+    Args:
+        tokenizer: A tokenizer or a processor.
+
+    Returns:
+        Their ids; none where the template has no such mark; None where there is no template.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turn = [{"role": "user", "content": "Hello"}]
+    without, with_mark = (
+        tokenizer.apply_chat_template(turn, add_generation_prompt=asked, return_dict=True)["input_ids"]
+        for asked in (False, True)
+    )
+    return with_mark[len(without) :] if with_mark[: len(without)] == without else []
 
 
 def _as_chat(row: Mapping[str, Any]) -> Mapping[str, Any]:

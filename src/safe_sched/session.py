@@ -23,7 +23,7 @@ from safe_sched.identity import Layout, keys_of
 from safe_sched.index import RowIndex
 from safe_sched.losses import label_counts
 from safe_sched.state import load_state, require_same, save_state
-from safe_sched.types import Columns, Evidential, Observation, Scheduler, State
+from safe_sched.types import Columns, Observation, Scheduler, State, evidential, experts_of
 
 Normalizer = Literal["token", "row"]
 
@@ -106,6 +106,7 @@ class Session:
         self.steps = 0
         self.rows_trained = 0
         self._batches: list[Batch] = []
+        self._step_rows: tuple[Tensor, Tensor] | None = None
         self._learned: dict[str, float] = {}
         self.safety_loss: float | None = None
 
@@ -136,6 +137,11 @@ class Session:
                 self._raise_unknown(input_ids, layout, unknown)
             factors = torch.ones(layout.rows, device=labels.device)
             self._batches.append(Batch(input_ids, labels, layout, slots, tokens, factors))
+        slots, tokens = (
+            torch.cat([getattr(batch, name)[batch.slots >= 0] for batch in self._batches] or [torch.empty(0).long()])
+            for name in ("slots", "label_tokens")
+        )
+        self._step_rows = slots, tokens
         return self._batches
 
     def _raise_unknown(self, input_ids: Tensor, layout: Layout, unknown: Tensor) -> None:
@@ -186,6 +192,7 @@ class Session:
             self.steps,
             None if features is None else features.detach().float().cpu()[teaches],
             self.safety_loss,
+            self._step_rows,
         )
         weights = self.scheduler.weights(self.state, seen)
         if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
@@ -204,18 +211,20 @@ class Session:
         batch.observed, batch.weights = seen, weights
         return batch.factors
 
-    def learn(self, slots: Tensor, scores: Tensor) -> None:
+    def learn(self, slots: Tensor, scores: Tensor, evidence: str | None = None) -> None:
         """Give the scheduler scores of some rows (`safe_sched.evidence`).
 
         Args:
             slots: int64 (rows,), from a `Batch`; negative ones are left out.
             scores: float (rows,).
+            evidence: What kind of scores they are, where the scheduler is made of several.
 
         Raises:
             NumericsError: A score is not finite.
             OptionError: The scheduler takes no scores.
         """
-        if not isinstance(self.scheduler, Evidential):
+        takers = evidential(self.scheduler, self.state, evidence)
+        if not takers:
             raise OptionError(f"the scheduler {self.scheduler.name!r} takes no scores; use BDS")
         slots, scores = slots.cpu(), scores.detach().float().cpu()
         slots, scores = slots[slots >= 0], scores[slots >= 0]
@@ -225,14 +234,19 @@ class Session:
                 f"the score of {bad.numel()} rows is not finite at step {self.steps} (training rows "
                 f"{self._rows_of(bad)}). Train in bfloat16 or float32 instead of float16, or look at these rows."
             )
-        self._learned |= self.scheduler.learn(self.state, slots, scores)
+        for scheduler, state in takers:
+            self._learned |= scheduler.learn(state, slots, scores)
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Log some numbers with this step's."""
+        self._learned |= metrics
 
     def lacking_reference(self, batch: Batch) -> Tensor:
         """Which rows of a micro-batch have no reference loss yet: bool (rows,)."""
-        reference = getattr(self.state, "reference", torch.empty(0))
-        if not reference.numel():
-            return torch.zeros_like(batch.slots, dtype=torch.bool)
-        return (batch.slots >= 0) & torch.isnan(reference[batch.slots.clamp(min=0)])
+        lacking = torch.zeros_like(batch.slots, dtype=torch.bool)
+        for reference in self._references():
+            lacking |= (batch.slots >= 0) & torch.isnan(reference[batch.slots.clamp(min=0)])
+        return lacking
 
     def set_reference(self, batch: Batch, rows: Tensor, nll: Tensor) -> None:
         """Keep the reference losses of some rows of a micro-batch.
@@ -242,7 +256,12 @@ class Session:
             rows: bool (rows,).
             nll: float (rows,), nats per token.
         """
-        getattr(self.state, "reference")[batch.slots[rows]] = nll.cpu().float()[rows]  # noqa: B009
+        for reference in self._references():
+            reference[batch.slots[rows]] = nll.cpu().float()[rows]
+
+    def _references(self) -> list[Tensor]:
+        found = [getattr(state, "reference", None) for _, state in experts_of(self.scheduler, self.state)]
+        return [reference for reference in found if reference is not None and reference.numel()]
 
     def mark_gated(self, batch: Batch) -> None:
         """Note that the gradients of a micro-batch came through the gate."""

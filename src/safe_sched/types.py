@@ -40,6 +40,7 @@ class Observation:
         step: Optimiser steps done before this one.
         features: float32 (rows, width), what the model made of each row, where the scheduler asks for it.
         safety_loss: Loss of the step's safety batch in nats per token, where there is one.
+        step_rows: ``slots`` and ``label_tokens`` of all rows of the optimiser step, this micro-batch's among them.
     """
 
     slots: Tensor
@@ -48,6 +49,7 @@ class Observation:
     step: int
     features: Tensor | None = None
     safety_loss: float | None = None
+    step_rows: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def concatenate(parts: list[Observation]) -> Observation:
@@ -64,6 +66,7 @@ class Observation:
             step=parts[0].step,
             features=together([part.features for part in parts]),
             safety_loss=parts[0].safety_loss,
+            step_rows=parts[0].step_rows,
         )
 
 
@@ -144,7 +147,9 @@ class Evidential(Protocol):
 
     @property
     def evidence(self) -> str | None:
-        """Where its scores come from: ``"probe"``, ``"reference"``, ``"covariance"``, or None for none."""
+        """Where its scores come from: ``"probe"``, ``"reference"``, ``"covariance"``; ``"refusal"`` for the ratios of
+        Antibody; or None for none.
+        """
         ...
 
     def due(self, state: Any, slots: Tensor) -> Tensor:
@@ -167,3 +172,18 @@ class Columns(Protocol):
     def columns(self, state: Any) -> dict[str, Tensor]:
         """Named tensors of (slots,), for `safe_sched.session.Session.table`."""
         ...
+
+
+def experts_of(scheduler: Scheduler[Any], state: Any) -> list[tuple[Scheduler[Any], Any]]:
+    """The schedulers that a scheduler is made of, each with its state; most are made of themselves alone."""
+    parts = getattr(scheduler, "experts", None)
+    return [(scheduler, state)] if parts is None else parts(state)
+
+
+def evidential(scheduler: Scheduler[Any], state: Any, evidence: str | None = None) -> list[tuple[Evidential, Any]]:
+    """Those among them that learn from scores, of one kind or of any, each with its state."""
+    return [
+        (part, own)
+        for part, own in experts_of(scheduler, state)
+        if isinstance(part, Evidential) and (evidence is None or part.evidence == evidence)
+    ]

@@ -52,9 +52,9 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     seen: list[tuple[Tensor, Tensor]] = []
     original = Session.learn
 
-    def learn(self: Session, slots: Tensor, values: Tensor) -> None:
+    def learn(self: Session, slots: Tensor, values: Tensor, evidence: str | None = None) -> None:
         seen.append((slots.clone(), values.clone()))
-        original(self, slots, values)
+        original(self, slots, values, evidence)
 
     monkeypatch.setattr(Session, "learn", learn)
     return seen

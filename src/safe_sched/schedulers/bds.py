@@ -332,6 +332,10 @@ class BDS:
         now = torch.where(state.scored[where] > 0, self._total(state, where), then)
         return (sampled[where].float() + self._curve(now, which) - self._curve(then, which)).clamp(0, 1)
 
+    def log_odds(self, state: Any, slots: Any) -> Tensor:
+        """What scores say, without a prior, for `safe_sched.schedulers.combined`: float32, nats; 0 where unknown."""
+        return state.log_odds[slots].float()
+
     def columns(self, state: Any) -> dict[str, Tensor]:
         """What the table says of every slot beside its weight."""
         if self._released is not None:
