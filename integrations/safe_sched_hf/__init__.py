@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from safe_sched_hf.alignment import FlatAlignmentCallback
     from safe_sched_hf.callback import SafeSchedCallback
 
-__all__ = ["SafeSchedCallback"]
+__all__ = ["FlatAlignmentCallback", "SafeSchedCallback"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,6 +17,10 @@ def __getattr__(name: str) -> Any:
         from safe_sched_hf.callback import SafeSchedCallback
 
         return SafeSchedCallback
+    if name == "FlatAlignmentCallback":
+        from safe_sched_hf.alignment import FlatAlignmentCallback
+
+        return FlatAlignmentCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -126,8 +126,7 @@ class Refusals:
         if state.verdict == 0:
             self._calibrate(batches)
             self._observed = step
-        due = [self._due(batch, scheduler.due) for batch in batches]
-        if not any(bool(rows.any()) for rows in due):
+        if not any(bool(self._due(batch, scheduler.asked).any()) for batch in batches):
             return
         if step - self._observed >= max(REFRESH, step // 4):
             self._observed = step
@@ -138,7 +137,7 @@ class Refusals:
                 self.session.note(scheduler.observe(state, refused, unread=unread))
             else:
                 self._calibrate(batches)
-            due = [self._due(batch, scheduler.due) for batch in batches]
+        due = [self._due(batch, scheduler.due) for batch in batches]
         ahead = scheduler.reads_ahead and len(batches) > 1
         for batch, rows in zip(batches, due, strict=True):
             if bool(rows.any()):

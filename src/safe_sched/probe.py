@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from safe_sched.errors import ModelError
+from safe_sched.flatness import moved, scale_to_gain
 from safe_sched.identity import IGNORE_INDEX, Layout, label_positions
 
 GAIN = 0.5
@@ -129,40 +130,18 @@ class Direction:
                 "parameter, or the model is not finite. Check that safety_data holds prompts with refusals, and train "
                 "in float32 or bfloat16."
             )
-        self.scale, gained = gain / square, 0.0
-        # 16-bit parameters swallow small changes: go further until those that remain add up to the gain
-        for _ in range(12):
-            gained = self._gained()
-            if 0.8 * gain <= gained <= 1.25 * gain:
-                return
-            self.scale *= min(max(gain / max(gained, 1e-30), 0.25), 4.0)
-        raise ModelError(
-            f"moving the parameters along the refusal margin gains {gained:.2g} nats instead of {gain}: they are "
-            "stored too coarsely. Load the model in float32 (train with bf16=True), or use LoRA with float32 adapters."
-        )
-
-    def _gained(self) -> float:
-        total = 0.0
-        for p, g in self.parts:
-            moved = torch.add(p.detach(), g, alpha=self.scale).sub_(p.detach())
-            total += (
-                float((moved.double() * g.double()).sum())
-                if moved.numel() < 1 << 20
-                else float((moved.float() * g).sum())
+        # 16-bit parameters swallow small changes, and go further
+        self.scale, gained = scale_to_gain(self.parts, gain, gain / square)
+        if not 0.8 * gain <= gained <= 1.25 * gain:
+            raise ModelError(
+                f"moving the parameters along the refusal margin gains {gained:.2g} nats instead of {gain}: they are "
+                "stored too coarsely. Load the model in float32 (train with bf16=True), or use LoRA with float32 "
+                "adapters."
             )
-        return total
 
-    @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
+    def taken(self) -> contextlib.AbstractContextManager[None]:
         """Have the parameters moved for a while. They come back as the very same storage, so bit for bit."""
-        before = [p.data for p, _ in self.parts]
-        try:
-            for p, g in self.parts:
-                p.data = torch.add(p.data, g, alpha=self.scale)
-            yield
-        finally:
-            for (p, _), data in zip(self.parts, before, strict=True):
-                p.data = data
+        return moved(self.parts, self.scale)
 
 
 def row_scores(before: Tensor, after: Tensor, labels: Tensor, layout: Layout, gain: float = GAIN) -> Tensor:

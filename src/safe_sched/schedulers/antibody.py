@@ -297,16 +297,20 @@ class Antibody:
 
     def due(self, state: AntibodyState, slots: Tensor) -> Tensor:
         """Whose ratio should be taken now: bool (rows,)."""
+        start, now = state.strength.tolist()
+        asked = self.asked(state, slots)
+        return asked if not self.anchor or now >= max(start / 2, 0) else asked & (state.looks[slots] == 0)
+
+    def asked(self, state: AntibodyState, slots: Tensor) -> Tensor:
+        """Whose ratio is still to be taken, as long as safety prompts are refused: bool (rows,)."""
         if state.verdict == _ABSTAINS:
             return torch.zeros(slots.numel(), dtype=torch.bool)
         if not self.anchor:
             return torch.ones(slots.numel(), dtype=torch.bool)
-        due = state.looks[slots] == 0
+        asked = state.looks[slots] == 0
         if self.kind(state) == "opening" and state.steps >= 2 * EARLY:
-            start, now = state.strength.tolist()
-            if now > 0 and now >= start / 2:
-                due |= (state.looks[slots] == 1) & (self._logits(state, slots) < LIMIT / 2)
-        return due
+            asked |= (state.looks[slots] == 1) & (self._logits(state, slots) < LIMIT / 2)
+        return asked
 
     def doubtful(self, state: AntibodyState, slots: Tensor) -> Tensor:
         """See `safe_sched.types.Evidential`: none; a row that is not cleared is looked at when it comes by."""
