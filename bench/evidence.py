@@ -20,7 +20,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,7 +203,9 @@ def finished(path: Path, code: str, wanted: Iterable[Plan]) -> dict[Plan, dict[s
     return {plan: found[plan] for plan in wanted if plan in found}
 
 
-def carry_out(wanted: Sequence[Plan], lines: Path, console: Console) -> list[dict[str, Any]]:
+def carry_out(
+    wanted: Sequence[Plan], lines: Path, console: Console, run: Callable[[Path, Plan], dict[str, Any]] = run
+) -> list[dict[str, Any]]:
     """Do the runs that are missing; returns all, in order."""
     code = code_digest()
     done = finished(lines, code, wanted)

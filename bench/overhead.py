@@ -10,7 +10,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from safe_sched import BDS
 from safe_sched.index import RowIndex
 from safe_sched.types import Observation
+from safe_sched_hf.refusals import REFRESH
 from safe_sched_hf.rows import index_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run as a script: python bench/overhead.py
@@ -61,39 +62,57 @@ def verdict(value: float | str, target: float | None) -> str:
     return "" if target is None else f"≤ {target:.4g} {'✓' if float(value) <= target else '✗'}"
 
 
+def times_of(number: int, plain: int, rounds: Sequence[dict[int, list[float]]]) -> list[str]:
+    """A line of an arm's times, beside the plain arm's of the same rounds."""
+    arm, mine = ARMS[number], [took for took in rounds if number in took]
+    seconds, _ = spread([took[number][0] for took in mine], 2)
+    wall, processor = ([took[number][i] / took[plain][i] for took in mine] for i in (0, 1))
+    ratio = spread(wall, 3)
+    own = spread([1e3 * took[number][2] for took in mine], 1)[0] if arm.callback else ""
+    return [arm.name, str(len(mine)), seconds, own, *ratio, verdict(ratio[0], arm.target), *spread(processor, 3)]
+
+
+TIMES = ("arm", "steps", "s/step", "own ms", "ratio", "quartiles", "target", "processor", "quartiles")
+
+
+def parameters(sizes: turns.Sizes) -> int:
+    """Of the model that is trained."""
+    return sum(p.numel() for p in turns.build_model(sizes).parameters())
+
+
+def setup(sizes: turns.Sizes, labels: str) -> str:
+    """What is trained, and how."""
+    return (
+        f"A Llama of {parameters(sizes) / 1e6:.1f} M parameters (vocabulary {sizes.vocabulary:,}, tied) in float32; "
+        f"{sizes.batch} rows of {sizes.sequence} tokens a step, {labels}; TRL's SFTTrainer with its "
+        "defaults (gradient checkpointing among them) and a log record every step."
+    )
+
+
 def training(sizes: turns.Sizes, console: Console) -> list[Section]:
     """Time and memory of every arm, beside the plain trainer's."""
-    parameters = sum(p.numel() for p in turns.build_model(sizes).parameters())
     rounds, peaks = turns.train_in_turns(sizes, console, sizes.arms, sizes.rounds)
     times, memory = [], []
     for number, peak in peaks.items():
-        arm, mine = ARMS[number], [took for took in rounds if number in took]
-        seconds, _ = spread([took[number][0] for took in mine], 2)
-        wall, processor = ([took[number][i] / took[0][i] for took in mine] for i in (0, 1))
-        ratio = spread(wall, 3)
-        target = verdict(ratio[0], arm.target)
-        own = spread([1e3 * took[number][2] for took in mine], 1)[0] if arm.callback else ""
-        times.append([arm.name, str(len(mine)), seconds, own, *ratio, target, *spread(processor, 3)])
+        times.append(times_of(number, 0, rounds))
         growth = f"{peak / peaks[0]:.3f}"
-        target = verdict(growth, MEMORY_TARGET if arm.callback else None)
-        memory.append([arm.name, f"{peak:.0f}", f"{peak - peaks[0]:+.0f}", growth, target])
+        target = verdict(growth, MEMORY_TARGET if ARMS[number].callback else None)
+        memory.append([ARMS[number].name, f"{peak:.0f}", f"{peak - peaks[0]:+.0f}", growth, target])
     about = (
-        f"A Llama of {parameters / 1e6:.1f} M parameters (vocabulary {sizes.vocabulary:,}, tied) in float32; "
-        f"{sizes.batch} rows of {sizes.sequence} tokens a step, all of them labels; TRL's SFTTrainer with its "
-        "defaults (gradient checkpointing among them) and a log record every step. Ratios are to the plain step "
+        f"{setup(sizes, 'all of them labels')} Ratios are to the plain step "
         "of the same round: median and quartiles, of wall-clock time and of the process's processor time, which "
-        "other load on the machine distorts less. With r safety rows a row, a step has 1 + r times the tokens "
-        "and the target is 1.03 (1 + r). `own ms` is the part of a step that passes in safe-sched's own code, the "
-        "safety batch apart: it tells a small cost where the ratio of two long times on a shared machine cannot."
+        "other load on the machine distorts less; `plain, again` is the plain trainer a second time: the distance of "
+        "its ratio from 1 is what this run cannot tell apart. With r safety rows a row, a step has 1 + r times the "
+        "tokens and the target is 1.03 (1 + r). `own ms` is the part of a step that passes in safe-sched's own code, "
+        "the safety batch apart: it tells a small cost where the ratio of two long times on a shared machine cannot."
     )
-    header = ("arm", "steps", "s/step", "own ms", "ratio", "quartiles", "target", "processor", "quartiles")
     note = (
         "Highest resident size of the arm's process (ru_maxrss) over the same steps. With safety rows their gradients "
         "are already there in the user's forward, as they are in plain training with gradient accumulation: one "
-        f"number a trained parameter, here {4 * parameters / 2**20:.0f} MiB."
+        f"number a trained parameter, here {4 * parameters(sizes) / 2**20:.0f} MiB."
     )
     return [
-        Section("Training time", about, header, times),
+        Section("Training time", about, TIMES, times),
         Section("Peak memory", note, ("arm", "MiB", "added", "ratio", "target"), memory),
     ]
 
@@ -121,6 +140,28 @@ def probing(sizes: turns.Sizes, console: Console) -> Section:
     )
     header = ("safety rows and evidence", "steps", "s/step", "ratio", "quartiles", "target", "peak memory")
     return Section("The probe", note, header, lines)
+
+
+def antibody(sizes: turns.Sizes, console: Console) -> Section:
+    """What Antibody adds to a step, beside the plain step and the released one."""
+    plain = turns.ANTIBODY[0]
+    rounds, peaks = turns.train_in_turns(sizes, console, turns.ANTIBODY, sizes.rounds)
+    lines = [[*times_of(number, plain, rounds), f"{peaks[number] / peaks[plain]:.3f}"] for number in turns.ANTIBODY]
+    last = sizes.warm_up + sizes.rounds - 1
+    assert last < REFRESH, "the note says that no round looks at safety prompts"
+    note = (
+        f"{setup(sizes, 'the first half of each its prompt, in all arms')} Ratios are to the plain step of the same "
+        "round. `own ms` has in it the forwards that take the ratios: nearly all that Antibody adds to a step, told "
+        "apart from the noise of the step itself. Peak memory has the calibration in it.\n\n"
+        + "\n".join(f"- {ARMS[number].name}: {ARMS[number].what}." for number in turns.ANTIBODY)
+        + "\n\nNot in it: the calibration at step 0, which is warm-up; and the later looks at 32 safety prompts, "
+        f"where rows are still to be read: at step {REFRESH}, and then every {REFRESH} steps and, later, whenever a "
+        f"quarter more are done. The rounds are steps {sizes.warm_up} to {last}, so none of them has such a look. "
+        "Where all rows have been read there are none. The published rule is calibrated anew each time, with a line "
+        "for every prompt with each of 16 openings: more than 700 lines, where the others have 32. The model is "
+        'random and refuses nothing, which is ignored (`on_inversion="ignore"`), and no row gets a second look.'
+    )
+    return Section("Antibody", note, (*TIMES, "peak memory"), lines)
 
 
 # parts --------------------------------------------------------------------------------------------------------
@@ -203,17 +244,36 @@ def markdown(sections: Sequence[Section], command: str, setting: str) -> str:
         "# What it costs",
         f"Measured on the CPU, everything in one run of\n\n```text\n{command}\n```\n\n{setting}",
         "In training every arm has a process of its own, and the processes take turns, one optimiser step each, so "
-        "whatever else the machine does hits all of them alike. `plain, again` is the plain trainer a second time: the "
-        "distance of its ratio from 1 is what this run cannot tell apart. All arms run with "
+        "whatever else the machine does hits all of them alike. All arms run with "
         + " and ".join(f"`{name}={value}`" for name, value in turns.QUIETER.items())
         + ", which makes a step shorter and its time steadier.",
     ]
     return page(opening, sections)
 
 
+def part(measure: Callable[[Sizes], Section]) -> Callable[[Sizes, Console], list[Section]]:
+    """A part as a section, with its name on the screen while it is measured."""
+
+    def measured(sizes: Sizes, console: Console) -> list[Section]:
+        with console.status(measure.__name__):
+            return [measure(sizes)]
+
+    return measured
+
+
+SECTIONS: dict[str, Callable[[Sizes, Console], list[Section]]] = {
+    "training": lambda sizes, console: training(sizes.training, console),
+    "probe": lambda sizes, console: [probing(sizes.training, console)],
+    "antibody": lambda sizes, console: [antibody(sizes.training, console)],
+    "update": part(update),
+    "start": part(start),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure what safe-sched costs.")
     parser.add_argument("--quick", action="store_true", help="go through the code; the numbers mean nothing")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="measure these only")
     parser.add_argument("--out", type=Path, help="write the report as a Markdown page")
     options = parser.parse_args(arguments)
     sizes = QUICK if options.quick else Sizes()
@@ -221,10 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(THREADS)
     console, load = Console(), os.getloadavg()[0]
-    sections = [*training(sizes.training, console), probing(sizes.training, console)]
-    for measure in (update, start):
-        with console.status(measure.__name__):
-            sections.append(measure(sizes))
+    sections = [section for name in options.only for section in SECTIONS[name](sizes, console)]
     setting = f"{machine()} Load average before the run: {load:.1f}."
     if options.quick:
         setting += " A quick run: the numbers mean nothing."

@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _arms(rows: list[tasks.Row]) -> list[tuple[str, study.Arm, SafeSchedCallback | None]]:
     """The arms in the order of the table, with the callback of the defended one."""
-    from safe_sched import BDS, Fixed
+    from safe_sched import BDS, Antibody, Fixed
     from safe_sched_hf import SafeSchedCallback
 
     safety = tasks.load("safety")[:SAFETY_ROWS]
@@ -106,7 +106,9 @@ def _arms(rows: list[tasks.Row]) -> list[tuple[str, study.Arm, SafeSchedCallback
     def with_safety(scheduler: Scheduler[Any]) -> SafeSchedCallback:
         return SafeSchedCallback(scheduler, safety_data=safety, safety_batch_size=SAFETY_BATCH)
 
-    equal, released, ours = (with_safety(s) for s in (Fixed(), BDS(compat="released"), BDS()))
+    equal, released, ours, antibody = (
+        with_safety(scheduler) for scheduler in (Fixed(), BDS(compat="released"), BDS(), Antibody())
+    )
     return [
         ("undefended", undefended, None),
         ("unweighted safety mix", mix, None),
@@ -121,6 +123,11 @@ def _arms(rows: list[tasks.Row]) -> list[tuple[str, study.Arm, SafeSchedCallback
             released,
         ),
         (DEFENDED, study.Arm("bds", "the file as it is, one callback", rows, callbacks=[ours]), ours),
+        (
+            "Antibody",
+            study.Arm("antibody", "the same with likelihood-ratio weights", rows, callbacks=[antibody]),
+            antibody,
+        ),
         ("oracle: harmful rows removed", oracle, None),
     ]
 
@@ -219,7 +226,8 @@ def _print_table(console: Console, results: dict[str, dict[str, float]]) -> None
     )
     console.print(
         "\nThe released rule reads the loss itself: rows that are hard to learn are not the harmful ones. BDS asks "
-        "which rows\nbecome harder to learn when the model refuses more (docs/methods/bds.md)."
+        "which rows become harder to learn when the model refuses more (docs/methods/bds.md), Antibody where the "
+        "aligned model would have refused (docs/methods/antibody.md)."
     )
 
 

@@ -128,15 +128,13 @@ class Refusals:
             self._observed = step
         if not any(bool(self._due(batch, scheduler.asked).any()) for batch in batches):
             return
-        if step - self._observed >= max(REFRESH, step // 4):
+        watched = scheduler.anchor or scheduler.on_inversion != "ignore"
+        if watched and step - self._observed >= max(REFRESH, step // 4):
             self._observed = step
-            if scheduler.anchor:
-                with self._asking(adapter=True):
-                    refused = self._log_odds(self._prompts)
-                unread = state.source != _ADAPTER_OFF and any(bool(self._due(b, _unread).any()) for b in batches)
-                self.session.note(scheduler.observe(state, refused, unread=unread))
-            else:
-                self._calibrate(batches)
+            with self._asking(adapter=True):
+                refused = self._log_odds(self._prompts)
+            unread = state.source != _ADAPTER_OFF and any(bool(self._due(b, _unread).any()) for b in batches)
+            self.session.note(scheduler.observe(state, refused, unread=unread or not scheduler.anchor))
         due = [self._due(batch, scheduler.due) for batch in batches]
         ahead = scheduler.reads_ahead and len(batches) > 1
         for batch, rows in zip(batches, due, strict=True):
@@ -333,10 +331,6 @@ class Refusals:
 
     def _check_shared(self) -> None:
         """Some models cannot have refusals share a prompt: those that are recurrent, or pick their own masks."""
-        scheduler, _ = self._antibody
-        if scheduler.refusal_cost == "exact":
-            self._shared = False
-            return
         some = min(self._prompts, key=len), max(self._prompts, key=len)
         few = branches_of(self._candidates[:: max(1, len(self._candidates) // 4)])
         try:
@@ -344,20 +338,20 @@ class Refusals:
             reason = "its answers differ from those of separate lines"
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
             shared, reason = torch.tensor(torch.inf), str(error)
-        self._shared = False
-        separate = torch.stack(self._branched(some, [few, few])).sum(-1).exp()
+        separate = torch.stack(self._branched(some, [few, few], exact=True)).sum(-1).exp()
         self._shared = bool(((shared - separate).abs() < 0.02).all())
         if not self._shared:
             warnings.warn(
-                'Antibody: refusals cannot share a prompt in this model, so refusal_cost="shared_prefix" costs as much '
-                f'as "exact" ({reason}).',
+                f"Antibody: refusals cannot share a prompt in this model ({reason}). Every one gets a line of its own, as "
+                'with refusal_cost="exact".',
                 stacklevel=2,
             )
 
     # ratios -----------------------------------------------------------------------------------------------------
 
     def _openings(self, batch: Batch, answers: Sequence[Answer]) -> Tensor:
-        return self._row_ratios(batch, answers, self._log_odds([answer.prompt for answer in answers]))
+        exact = self._antibody[0].refusal_cost == "exact"
+        return self._row_ratios(batch, answers, self._log_odds([answer.prompt for answer in answers], exact=exact))
 
     def _row_ratios(self, batch: Batch, answers: Sequence[Answer], refused: Tensor) -> Tensor:
         """Ratios of openings of rows: float (rows,); inf for those without an answer here."""
@@ -386,14 +380,14 @@ class Refusals:
                 found.append(-log_odds(log_p).max() if log_p.numel() else at.new_tensor(torch.inf))
         return torch.stack(found).cpu()
 
-    def _log_odds(self, prompts: Sequence[Tensor]) -> Tensor:
+    def _log_odds(self, prompts: Sequence[Tensor], *, exact: bool = False) -> Tensor:
         """Log-odds of refusing: float (prompts,), nats."""
-        return log_odds(self._opening_log_probs(prompts).logsumexp(-1))
+        return log_odds(self._opening_log_probs(prompts, exact=exact).logsumexp(-1))
 
-    def _opening_log_probs(self, prompts: Sequence[Tensor]) -> Tensor:
+    def _opening_log_probs(self, prompts: Sequence[Tensor], *, exact: bool = False) -> Tensor:
         """Of every opening on every prompt: float (prompts, openings)."""
-        branches = branches_of(self.openings)
-        return torch.stack([found.sum(-1) for found in self._branched(prompts, [branches] * len(prompts))])
+        branches = [branches_of(self.openings)] * len(prompts)
+        return torch.stack([found.sum(-1) for found in self._branched(prompts, branches, exact=exact)])
 
     def _refusal_nll(self, batch: Batch, answers: Sequence[Answer]) -> Tensor:
         """NLL of some refusals in the place of every row's answer: float (rows,); inf for rows without one here."""
@@ -407,12 +401,20 @@ class Refusals:
             chosen = [
                 [self.refusals[(keys[answer.row] + i) % len(self.refusals)] for i in range(count)] for answer in answers
             ]
-            nll = self._nll(prompts, chosen, total=scheduler.kind(state) == "sequence_sum")
+            exact = scheduler.refusal_cost == "exact"
+            nll = self._nll(prompts, chosen, total=scheduler.kind(state) == "sequence_sum", exact=exact)
         return _least(batch, answers, nll)
 
-    def _nll(self, prompts: Sequence[Tensor], continuations: Sequence[Sequence[Sequence[int]]], total: bool) -> Tensor:
+    def _nll(
+        self,
+        prompts: Sequence[Tensor],
+        continuations: Sequence[Sequence[Sequence[int]]],
+        *,
+        total: bool,
+        exact: bool = False,
+    ) -> Tensor:
         """Mean over continuations of their NLL, per token or in total: float (prompts,)."""
-        found = self._branched(prompts, [branches_of(some) for some in continuations])
+        found = self._branched(prompts, [branches_of(some) for some in continuations], exact=exact)
         means = []
         for log_p, some in zip(found, continuations, strict=True):
             sums = -log_p.sum(-1)
@@ -470,14 +472,17 @@ class Refusals:
         logits = self._forward(ids, mask)
         return logits[torch.arange(len(prompts)), (mask.sum(1) - 1).to(logits.device)].float()
 
-    def _branched(self, prompts: Sequence[Tensor], branches: Sequence[Branches]) -> list[Tensor]:
+    def _branched(
+        self, prompts: Sequence[Tensor], branches: Sequence[Branches], *, exact: bool = False
+    ) -> list[Tensor]:
         """Log-probabilities of continuations of prompts; see `safe_sched.refusal.branch_log_probs`."""
+        shared = self._shared and not exact
         found: list[Tensor] = []
         # like lengths together: padding costs as much as tokens
         order = sorted(range(len(prompts)), key=lambda i: prompts[i].numel())
         for some in _batched(order, self._at_once):
             here, ways = [prompts[i] for i in some], [branches[i] for i in some]
-            found += self._sharing(here, ways) if self._shared else self._separate(here, ways)
+            found += self._sharing(here, ways) if shared else self._separate(here, ways)
         back = sorted(range(len(order)), key=lambda place: order[place])
         return [found[place] for place in back]
 

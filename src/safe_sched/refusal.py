@@ -98,17 +98,17 @@ def answers_of(
                 continue
         ends = [next((end for end in ends if end > start), tokens.numel()) for start in starts]
         for start, end in zip(starts, ends, strict=True):
-            head = tokens[start : start + len(skip)].tolist()
-            first = start + len(skip) if head == list(skip) else start
-            if first < end:
-                line, column = places[first - 1].tolist()
-                found.append(Answer(row, tokens[:first], tokens[first:end], (line, column)))
-            else:
-                lost.append(row)
+            first = start
+            for passed in (list(mark), list(skip)):  # where the template's own tokens are labels too
+                if tokens[first : first + len(passed)].tolist() == passed:
+                    first += len(passed)
+            first = first if first < end else start  # cut off before it says anything
+            line, column = places[first - 1].tolist()
+            found.append(Answer(row, tokens[:first], tokens[first:end], (line, column)))
     if lost:
         raise DataError(
-            f"{len(set(lost))} of {int(wanted.sum())} rows have no prompt that could be told from an answer (rows "
-            f"{some_of(sorted(set(lost)))} of the batch): all their tokens are labels, and none is the chat template's "
+            f"{len(lost)} of {int(wanted.sum())} rows have no prompt that could be told from an answer (rows "
+            f"{some_of(lost)} of the batch): all their tokens are labels, and none is the chat template's "
             "mark of an assistant's turn. Give prompt and completion, or messages (with assistant_only_loss=True "
             "where the template has no mark); or use BDS(), which needs no prompt."
         )
