@@ -342,8 +342,8 @@ class Refusals:
         self._shared = bool(((shared - separate).abs() < 0.02).all())
         if not self._shared:
             warnings.warn(
-                f"Antibody: refusals cannot share a prompt in this model ({reason}). Every one gets a line of its own, as "
-                'with refusal_cost="exact".',
+                f"Antibody: refusals cannot share a prompt in this model ({reason}). Every one gets a line of its "
+                'own, as with refusal_cost="exact".',
                 stacklevel=2,
             )
 

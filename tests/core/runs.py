@@ -21,7 +21,8 @@ def observe(index: RowIndex, keys: Sequence[int], step: int, generator: torch.Ge
     assert (slots >= 0).all()
     nll = 3 * torch.rand(len(keys), generator=generator)
     tokens = torch.randint(1, 9, (len(keys),), generator=generator)
-    return Observation(slots, nll, tokens, step, safety_loss=float(torch.rand((), generator=generator)))
+    loss = float(torch.rand((), generator=generator))
+    return Observation(slots, nll, tokens, step, safety_loss=loss, step_rows=(slots, tokens))
 
 
 def steps_of(index: RowIndex, keys: Sequence[int], count: int, size: int = 3, seed: int = 0) -> list[Observation]:
@@ -31,8 +32,22 @@ def steps_of(index: RowIndex, keys: Sequence[int], count: int, size: int = 3, se
     return [observe(index, [keys[i] for i in pick], step, generator) for step, pick in enumerate(picks)]
 
 
+def ratios_of(slots: torch.Tensor, step: int) -> torch.Tensor:
+    """What a model might say of some rows: a row's ratio is the same wherever it lies, and another one later."""
+    return 4 * torch.sin(2.0 * slots + 0.1 * step + 1)
+
+
+def prepare(scheduler: Scheduler, state: State, *batches: Observation) -> None:
+    """What an integration does before it asks for weights: it says which rows are due, then takes their ratios."""
+    if isinstance(scheduler, Evidential) and scheduler.evidence == "refusal":
+        due = [scheduler.due(state, batch.slots) for batch in batches]
+        for batch, rows in zip(batches, due, strict=True):
+            scheduler.learn(state, batch.slots[rows], ratios_of(batch.slots[rows], batch.step))
+
+
 def advance(scheduler: Scheduler, state: State, step: Observation) -> dict[str, float]:
     """One step as an integration does it: scores, here from the losses, then the update."""
+    prepare(scheduler, state, step)
     learned: dict[str, float] = {}
     if isinstance(scheduler, Evidential) and scheduler.evidence == "probe":
         assert step.nll is not None
@@ -49,4 +64,10 @@ def run(scheduler: Scheduler, index: RowIndex, steps: list[Observation]) -> Stat
 
 def same(a: State, b: State) -> bool:
     first, second = a.tensors(), b.tensors()
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    return first.keys() == second.keys() and all(_equal(first[k], second[k]) for k in first)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit, where nan, which stands for "not known", is itself."""
+    unknown = torch.isnan(a)
+    return a.dtype == b.dtype and torch.equal(unknown, torch.isnan(b)) and torch.equal(a[~unknown], b[~unknown])

@@ -137,7 +137,7 @@ class Antibody:
         >>> state = scheduler.init(RowIndex(torch.tensor([1, 2, 3])))
         >>> _ = scheduler.learn(state, torch.tensor([0, 1, 2]), torch.tensor([8.0, 3.0, -5.0]))
         >>> [round(w, 2) for w in scheduler.slot_weights(state).tolist()]
-        [1.0, 1.0, 0.0]
+        [1.0, 0.95, 0.01]
     """
 
     name: ClassVar[str] = "antibody"
@@ -327,12 +327,12 @@ class Antibody:
         slots, place = torch.unique(slots, return_inverse=True)
         each = torch.bincount(place, minlength=slots.numel())
         ratio = torch.zeros(slots.numel(), dtype=torch.float64).index_add_(0, place, scores.double()) / each
-        kept = state.ratio[slots]
-        if self.anchor:  # two looks weigh the same
-            ratio = torch.where(torch.isnan(kept), ratio, (ratio + kept.double()) / 2)
+        kept = state.ratio[slots].double()
+        if self.anchor:  # two looks weigh the same, and a copy of the row in another micro-batch is no look
+            ratio = torch.where(torch.isnan(kept), ratio, (ratio + kept) / 2)
+            ratio = torch.where(state.looks[slots] == 2, kept, ratio)
         state.ratio[slots] = ratio.float()
-        first = (state.looks[slots] == 0) & (state.steps < EARLY)
-        state.looks[slots] = torch.where(first, 1, 2).to(torch.uint8)
+        state.looks[slots] = 1 if state.steps < EARLY else 2
         return {}
 
     def _logits(self, state: AntibodyState, where: Any) -> Tensor:
@@ -350,28 +350,24 @@ class Antibody:
         slots, tokens = batch.slots, batch.label_tokens
         if batch.step_rows is not None and self.reads_ahead:
             slots, tokens = batch.step_rows
-        unknown = torch.isnan(state.ratio[torch.cat([slots, batch.slots])])
-        if state.verdict == _ABSTAINS:
-            if self.gate == "sigmoid":
-                return self._known_or_one(state, batch.slots)
-            if bool(unknown.any()):
-                return torch.ones(batch.slots.numel())
-        elif missing := int(unknown.sum()):
+        known = ~torch.isnan(state.ratio[slots])
+        if state.verdict != _ABSTAINS and not bool(known.all()):
             raise CoverageError(
-                f"{missing} rows of step {batch.step} were not compared with a refusal. Antibody needs an integration "
-                'that runs the model for it (evidence "refusal"), such as SafeSchedCallback.'
+                f"{int((~known).sum())} rows of step {batch.step} were not compared with a refusal. Antibody needs an "
+                'integration that runs the model for it (evidence "refusal"), such as SafeSchedCallback.'
             )
-        if self.gate == "sigmoid":
+        if self.gate == "sigmoid" or not bool(known.any()):
             return self._known_or_one(state, batch.slots)
-        x = state.ratio[slots].double() / self.tau
-        top = x.max() if x.numel() else torch.tensor(0.0)
-        total = (torch.exp(x - top) * tokens).sum() / tokens.sum()
-        return (torch.exp(state.ratio[batch.slots].double() / self.tau - top) / total).float()
+        x, tokens = state.ratio[slots][known].double() / self.tau, tokens[known]
+        total = (torch.exp(x - x.max()) * tokens).sum() / tokens.sum()
+        mine = torch.exp(state.ratio[batch.slots].double() / self.tau - x.max()) / total
+        return torch.where(torch.isnan(mine), 1.0, mine).float()
 
     def _known_or_one(self, state: AntibodyState, where: Any) -> Tensor:
-        most = torch.sigmoid(torch.tensor(LIMIT / self.tau))
-        logits = self._logits(state, where)
-        return torch.where(torch.isnan(logits), 1.0, torch.sigmoid(logits / self.tau) / most)
+        # in double: a row's weight may not depend on its place in the batch, and the highest must be exactly 1
+        most = torch.sigmoid(torch.tensor(LIMIT / self.tau, dtype=torch.float64))
+        logits = self._logits(state, where).double()
+        return torch.where(torch.isnan(logits), 1.0, torch.sigmoid(logits / self.tau) / most).float()
 
     def slot_weights(self, state: AntibodyState) -> Tensor:
         """See `safe_sched.types.Scheduler.slot_weights`; with softmax as if all rows compared so far were the pool."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from safe_sched.errors import OptionError
 from safe_sched.evidence import LIMIT
 from safe_sched.index import RowIndex
+from safe_sched.schedulers.catalog import build
 from safe_sched.types import Columns, Observation, Scheduler, State
 
 
@@ -131,12 +132,12 @@ class Combined:
         return found
 
 
-def combine(*schedulers: Scheduler[Any], prior_share: float = 0.1) -> Combined:
+def combine(*schedulers: Scheduler[Any] | str, prior_share: float = 0.1) -> Combined:
     """Several schedulers as one, each with its say in the table.
 
     Args:
         schedulers: At least two of different names, each of which can say what it knows as log-odds: `BDS`,
-            `Antibody`, and schedulers of plugins with a method ``log_odds``.
+            `Antibody`, and schedulers of plugins with a method ``log_odds``; or their names in the catalogue.
         prior_share: Share of harmful rows expected, in (0, 1).
 
     Raises:
@@ -152,14 +153,15 @@ def combine(*schedulers: Scheduler[Any], prior_share: float = 0.1) -> Combined:
         ...
         safe_sched.errors.OptionError: 'fixed' cannot be combined: it gives no log-odds; use BDS and Antibody
     """
-    for part in schedulers:
+    parts = tuple(build(scheduler) for scheduler in schedulers)
+    for part in parts:
         if not isinstance(part, Expert) or getattr(part, "compat", None) is not None:
             raise OptionError(
                 f"{getattr(part, 'name', part)!r} cannot be combined: it gives no log-odds; use BDS and Antibody"
             )
-    names = [part.name for part in schedulers]
+    names = [part.name for part in parts]
     if len(names) < 2 or len(set(names)) < len(names):
         raise OptionError(f"combine({', '.join(names)}): give two or more schedulers of different names")
     if not 0 < prior_share < 1:
         raise OptionError(f"combine(prior_share={prior_share}); allowed: a number in (0, 1)")
-    return Combined(schedulers, prior_share)
+    return Combined(parts, prior_share)
