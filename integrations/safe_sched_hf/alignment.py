@@ -36,12 +36,11 @@ from safe_sched.flatness import Flatness, Flattened, flatten
 from safe_sched.identity import IGNORE_INDEX
 from safe_sched.rows import core_refusals, read_rows
 from safe_sched.state import load_state, require_same, save_state
-from safe_sched_hf.attachment import calling_trainer
-from safe_sched_hf.callback import SafeSchedCallback, _refuse_unsupported
-from safe_sched_hf.probe import _same_random_numbers
+from safe_sched_hf.callback import SafeSchedCallback
+from safe_sched_hf.probe import same_random_numbers
 from safe_sched_hf.rows import first_rows
-from safe_sched_hf.safety import SafetyData, SafetySet, _prompt_and_completion, are_chats, safety_loss
-from safe_sched_hf.wrapping import Wrapping
+from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, prompt_and_completion, safety_loss
+from safe_sched_hf.wrapping import Wrapping, calling_trainer, refuse_unsupported
 
 ALIGNMENT_FILE = "safe_sched_alignment.safetensors"
 _OPTIONS = (
@@ -214,7 +213,7 @@ class _Run:
             batch = {name: value.to(trainer.args.device) for name, value in rows.batch(step).items()}
 
             def loss() -> Tensor:
-                with _same_random_numbers(), trainer.compute_loss_context_manager():
+                with same_random_numbers(), trainer.compute_loss_context_manager():
                     return safety_loss(model, batch)
 
             return loss
@@ -301,7 +300,7 @@ def refused_row(row: Mapping[str, Any], number: int, refusal: str, tokenizer: An
         answer = [*tokenizer(refusal, add_special_tokens=False)["input_ids"], *tokens[end:]]
         return {"input_ids": tokens[:start] + answer, "labels": [IGNORE_INDEX] * start + answer}
     _require_prompt("text" not in row, number)
-    prompt, completion = _prompt_and_completion(row, number)
+    prompt, completion = prompt_and_completion(row, number)
     if isinstance(completion, str):
         lead = completion[: len(completion) - len(completion.lstrip())]
         return {"prompt": prompt, "completion": lead + refusal}
@@ -331,7 +330,7 @@ def _refuse(trainer: Trainer, ours: FlatAlignmentCallback) -> None:
     Raises:
         ModelError, OptionError: Naming what to switch off.
     """
-    _refuse_unsupported(trainer)
+    refuse_unsupported(trainer, ours)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, SafeSchedCallback | FlatAlignmentCallback) and callback is not ours:
             raise OptionError(

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -46,33 +45,9 @@ from safe_sched.types import evidential, experts_of
 from safe_sched_hf.features import RowFeatures
 from safe_sched_hf.probe import Probe, adapter_active, lines_log_probs
 from safe_sched_hf.refusals import Refusals
+from safe_sched_hf.wrapping import Wrapping
 
 _PAST = 64  # micro-batches whose tokens are kept
-
-
-def calling_trainer(callback: object) -> tuple[Trainer, str | None]:
-    """The trainer whose event is being handled, and the checkpoint it resumes from.
-
-    A `TrainerCallback` is given the model and the data loader but not the trainer, so it is looked up among the
-    callers: the nearest `Trainer` that has ``callback`` in its list.
-
-    Raises:
-        ModelError: No trainer called, so there is nothing to defend.
-    """
-    frame = inspect.currentframe()
-    try:
-        while frame is not None:
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, Trainer) and any(c is callback for c in owner.callback_handler.callbacks):
-                resume = frame.f_locals.get("resume_from_checkpoint")
-                return owner, resume if isinstance(resume, str) else None
-            frame = frame.f_back
-    finally:
-        del frame
-    raise ModelError(
-        "SafeSchedCallback was called by something that is not a transformers.Trainer with this callback in its list. "
-        "Give it to Trainer(..., callbacks=[...]) or trainer.add_callback(...)."
-    )
 
 
 def batch_fields(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Layout]:
@@ -96,61 +71,24 @@ def batch_fields(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Layout]:
     return input_ids, labels, layout
 
 
-class Attachment:
+class Attachment(Wrapping):
     """A session bound to one ``train()`` of one trainer. Use `attach` and `detach`."""
 
     def __init__(
         self, trainer: Trainer, session: Session, probe: Probe | None = None, refusals: Refusals | None = None
     ) -> None:
-        self.trainer = trainer
+        super().__init__(trainer, {"get_batch_samples": self._get_batch_samples, "training_step": self._training_step})
         self.session = session
         self.probe = probe
         self.refusals = refusals
         self.features = RowFeatures.wanted_by(session.scheduler, trainer.processing_class, trainer.args.device)
-        self._metrics: dict[str, list[float]] = {}
-        self._state = trainer.state  # every train() makes a new one
-        self._wrapped: list[str] = []
         self._queue: list[tuple[Batch, float]] = []
         self._seen: dict[str, Tensor] = {}
         self._moved: tuple[Tensor, Tensor] | None = None
         # micro-batches of the last steps, for a second look at rows that were measured in a time of noise
         self._past: deque[tuple[dict[str, Any], Batch]] = deque(maxlen=_PAST)
 
-    @property
-    def active(self) -> bool:
-        """Whether the trainer is still in the ``train()`` that this belongs to."""
-        return bool(self._wrapped) and self.trainer.state is self._state
-
     # the wrapped methods ----------------------------------------------------------------------------------------
-
-    def attach(self) -> None:
-        """Wrap the three methods."""
-        for name, wrapper in (
-            ("get_batch_samples", self._get_batch_samples),
-            ("training_step", self._training_step),
-            ("log", self._log),
-        ):
-            self._wrap(name, wrapper)
-
-    def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
-        original = getattr(self.trainer, name)
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return wrapper(original, *args, **kwargs) if self.active else original(*args, **kwargs)
-
-        wrapped.__safe_sched_original__ = vars(self.trainer).get(name)  # pyright: ignore[reportFunctionMemberAccess]
-        setattr(self.trainer, name, wrapped)
-        self._wrapped.append(name)
-
-    def detach(self) -> None:
-        """Give the trainer its own methods back; harmless when called twice."""
-        while self._wrapped:
-            name = self._wrapped.pop()
-            previous = vars(self.trainer)[name].__safe_sched_original__
-            if previous is None:
-                delattr(self.trainer, name)
-            else:
-                setattr(self.trainer, name, previous)
 
     def _get_batch_samples(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         samples, num_items = original(*args, **kwargs)
@@ -244,17 +182,6 @@ class Attachment:
                 scores = row_scores(before, after, batch.labels, batch.layout).cpu()
                 self.session.learn(batch.slots[doubtful], scores[doubtful], "probe")
                 return
-
-    def _log(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
-        if "loss" in logs:  # the record of training steps; not evaluation, not the closing summary
-            logs.update({name: sum(values) / len(values) for name, values in self._metrics.items()})
-            self._metrics.clear()
-        return original(logs, *args, **kwargs)
-
-    def note(self, metrics: Mapping[str, float]) -> None:
-        """Keep numbers for the trainer's next record, which gets their mean since the last one."""
-        for name, value in metrics.items():
-            self._metrics.setdefault(name, []).append(value)
 
     # one forward ------------------------------------------------------------------------------------------------
 

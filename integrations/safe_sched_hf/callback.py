@@ -13,19 +13,20 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import safe_sched
-from safe_sched.errors import DataError, ModelError, NumericsError, OptionError, unknown_name
+from safe_sched.errors import DataError, NumericsError, OptionError, unknown_name
 from safe_sched.rows import CORE
 from safe_sched.schedulers import build
 from safe_sched.scorer import Scorer
 from safe_sched.session import Normalizer, Session, require_normalizer
 from safe_sched.state import MANIFEST_FILE, STATE_FILE
 from safe_sched.types import Scheduler
-from safe_sched_hf.attachment import Attachment, calling_trainer
+from safe_sched_hf.attachment import Attachment
 from safe_sched_hf.noise import add_noise
 from safe_sched_hf.probe import Probe
 from safe_sched_hf.refusals import Refusals
 from safe_sched_hf.rows import first_rows, index_rows
 from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, safety_loss
+from safe_sched_hf.wrapping import calling_trainer, refuse_unsupported
 
 _OPTIONS = ("scheduler", "safety_data", "safety_batch_size", "safety_weight", "normalizer", "model_temperature", "seed")
 
@@ -152,7 +153,7 @@ class SafeSchedCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse what can never be defended, while the script is still setting up."""
         trainer, _ = calling_trainer(self)
-        _refuse_unsupported(trainer)
+        refuse_unsupported(trainer, self)
         dataset = trainer.train_dataset
         if hasattr(dataset, "__len__") and len(dataset) == 0:  # pyright: ignore[reportArgumentType]
             raise DataError("the training set has no rows; give the trainer at least one row to train on")
@@ -164,7 +165,7 @@ class SafeSchedCallback(TrainerCallback):
         if self._attachment is not None:
             self._attachment.detach()
         trainer, resumed_from = calling_trainer(self)
-        _refuse_unsupported(trainer)
+        refuse_unsupported(trainer, self)
         loader = kwargs["train_dataloader"]
         index = index_rows(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
         tokenizer, sample = kwargs.get("processing_class"), first_rows(loader.dataset)
@@ -301,27 +302,3 @@ class SafeSchedCallback(TrainerCallback):
             "versions": {"safe-sched": safe_sched.__version__}
             | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")},
         }
-
-
-def _refuse_unsupported(trainer: Trainer) -> None:
-    """Stop before the first step where a training stack is not defended yet.
-
-    Raises:
-        ModelError: Naming what to switch off.
-    """
-    args, parallel = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
-    reasons = {
-        "several GPUs in one process (nn.DataParallel)": args.n_gpu > 1,
-        "several processes": args.world_size > 1,
-        "DeepSpeed": trainer.is_deepspeed_enabled,
-        "FSDP": trainer.is_fsdp_enabled,
-        "torch_compile=True": bool(args.torch_compile),
-        "tensor, context or sequence parallelism": parallel is not None and parallel.total_size > 1,
-        "auto_find_batch_size=True": bool(args.auto_find_batch_size),
-    }
-    for what, present in reasons.items():
-        if present:
-            raise ModelError(
-                f"SafeSchedCallback does not support {what} yet: the run would not be defended on every row. Run one "
-                "process on one device without it."
-            )

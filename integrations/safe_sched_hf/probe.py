@@ -178,7 +178,7 @@ def lines_log_probs(
         inputs = {name: value[lines.to(value.device)] if name in tensors else value for name, value in inputs.items()}
     part = Layout(layout.row[lines], layout.position[lines], layout.rows, layout.packed)
     model.train(train)
-    with torch.no_grad(), _quiet_checkpoints(), _same_random_numbers(), trainer.compute_loss_context_manager():
+    with torch.no_grad(), _quiet_checkpoints(), same_random_numbers(), trainer.compute_loss_context_manager():
         if has_fused_head(model):
             found = model(**{**inputs, "use_cache": False}, fused_lm_head=True).log_probs
         else:
@@ -239,6 +239,7 @@ def _quiet_checkpoints() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _same_random_numbers() -> Iterator[None]:
+def same_random_numbers() -> Iterator[None]:
+    """Leave torch's generators as they were."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
         yield

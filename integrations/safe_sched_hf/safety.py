@@ -205,7 +205,7 @@ def _tokenize(row: Mapping[str, Any], number: int, tokenizer: Any) -> tuple[list
     if "text" in row:
         tokens = tokenizer(_with_end(row["text"], tokenizer))["input_ids"]
         return tokens, tokens
-    prompt, completion = _prompt_and_completion(row, number)
+    prompt, completion = prompt_and_completion(row, number)
     if isinstance(prompt, str):
         start = tokenizer(prompt)["input_ids"]
         tokens = tokenizer(prompt + _with_end(completion, tokenizer))["input_ids"]
@@ -224,7 +224,12 @@ def _tokenize(row: Mapping[str, Any], number: int, tokenizer: Any) -> tuple[list
     return tokens, [IGNORE_INDEX] * same + tokens[same:]
 
 
-def _prompt_and_completion(row: Mapping[str, Any], number: int) -> tuple[Any, Any]:
+def prompt_and_completion(row: Mapping[str, Any], number: int) -> tuple[Any, Any]:
+    """What is asked, and the answer: of a conversation, all before its last assistant turn, and that turn.
+
+    Raises:
+        DataError: The row has neither, or no assistant turn.
+    """
     if "prompt" in row and "completion" in row:
         return row["prompt"], row["completion"]
     turns = row.get("messages") or row.get("conversations")

@@ -1,4 +1,4 @@
-"""Methods of one trainer wrapped for the time of one ``train()``, and numbers of ours in its log record.
+"""What our callbacks do to a trainer: look it up, refuse what is not supported, wrap methods for one ``train()``.
 
 A callback has no event between the last backward of an optimiser step and clipping, and none in which the trainer's
 log record can be added to. So methods are wrapped on the trainer *instance*; its class and other trainers are not
@@ -10,10 +10,13 @@ touched, and nothing outlives the run:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import Trainer
+
+from safe_sched.errors import ModelError
 
 Wrapper = Callable[..., Any]
 """Called with the trainer's own method first, then with what that was called with."""
@@ -72,3 +75,51 @@ class Wrapping:
             logs.update({name: sum(values) / len(values) for name, values in self._metrics.items()})
             self._metrics.clear()
         return original(logs, *args, **kwargs)
+
+
+def calling_trainer(callback: object) -> tuple[Trainer, str | None]:
+    """The trainer whose event is being handled, and the checkpoint it resumes from.
+
+    A `TrainerCallback` is given the model and the data loader but not the trainer, so it is looked up among the
+    callers: the nearest `Trainer` that has ``callback`` in its list.
+
+    Raises:
+        ModelError: No trainer called, so there is nothing to defend.
+    """
+    frame = inspect.currentframe()
+    try:
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, Trainer) and any(c is callback for c in owner.callback_handler.callbacks):
+                resume = frame.f_locals.get("resume_from_checkpoint")
+                return owner, resume if isinstance(resume, str) else None
+            frame = frame.f_back
+    finally:
+        del frame
+    raise ModelError(
+        f"{type(callback).__name__} was called by something that is not a transformers.Trainer with this callback in "
+        "its list. Give it to Trainer(..., callbacks=[...]) or trainer.add_callback(...)."
+    )
+
+
+def refuse_unsupported(trainer: Trainer, callback: object) -> None:
+    """Stop before the first step where a training stack is not supported yet, rather than do half of what is meant.
+
+    Raises:
+        ModelError: Naming what to switch off.
+    """
+    args, parallel = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
+    reasons = {
+        "several GPUs in one process (nn.DataParallel)": args.n_gpu > 1,
+        "several processes": args.world_size > 1,
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "FSDP": trainer.is_fsdp_enabled,
+        "torch_compile=True": bool(args.torch_compile),
+        "tensor, context or sequence parallelism": parallel is not None and parallel.total_size > 1,
+        "auto_find_batch_size=True": bool(args.auto_find_batch_size),
+    }
+    for what, present in reasons.items():
+        if present:
+            raise ModelError(
+                f"{type(callback).__name__} does not support {what} yet. Run one process on one device without it."
+            )

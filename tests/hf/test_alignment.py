@@ -370,7 +370,7 @@ def test_a_trace_would_show(broken: str, tmp_path: Path, monkeypatch: pytest.Mon
         yield
 
     if broken == "random numbers":
-        monkeypatch.setattr("safe_sched_hf.alignment._same_random_numbers", nothing)
+        monkeypatch.setattr("safe_sched_hf.alignment.same_random_numbers", nothing)
     else:
         monkeypatch.setattr(flatness, "moved", Stays)
     losses, same = still_run(case[0], tmp_path, [callback(rule="constant")], case[1])
