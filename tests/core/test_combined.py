@@ -18,7 +18,7 @@ from safe_sched.evidence import LIMIT
 from safe_sched.index import RowIndex
 from safe_sched.schedulers import BDS, Antibody, Fixed, NeuralBDS, combine
 from safe_sched.schedulers.antibody import Check
-from safe_sched.schedulers.combined import Combined, Expert
+from safe_sched.schedulers.combined import CLEARS, Combined, Expert
 from safe_sched.session import Session
 from safe_sched.types import Observation, Scheduler, evidential
 from tests.core.batches import laws, pad, row
@@ -58,7 +58,7 @@ def asked(slots: Sequence[int], step: int = 0) -> Observation:
         (math.log(3), -math.log(3), 0.1, 1.0),  # one against the other
         (math.log(81), 0.0, 0.1, 0.1 / 0.9),
         (math.log(3), math.log(2), 0.5, 2 / 7),  # (1/7) / (1/2)
-        (-4.0, -2.0, 0.1, 1.0),  # never above 1
+        (-1.0, -2.0, 0.1, 1.0),  # never above 1
         (6.0, 6.0, 0.01, sigmoid(math.log(99) - 12) / 0.99),
     ],
 )
@@ -83,7 +83,7 @@ def test_the_product_of_experts_as_a_slow_loop(said, share):
     for evidence in said:
         odds = share / (1 - share)
         for one in evidence:
-            odds *= math.exp(min(max(one, -LIMIT), LIMIT))
+            odds *= math.exp(min(max(one, -CLEARS), LIMIT))
         expected.append(min(1 / (1 + odds) / (1 - share), 1.0))
     found = scheduler.weights(state, asked(range(len(said))))
     assert found.dtype == torch.float32
@@ -98,22 +98,23 @@ def test_rows_that_nothing_is_known_of_have_weight_1_bit_for_bit(share, rows):
     state = scheduler.init(RowIndex(torch.arange(rows) + 1))
     assert scheduler.slot_weights(state).tolist() == [1.0] * rows
     # those for which the experts cancel out as well
-    scheduler, state = told([2.5] * rows, [-2.5] * rows, scheduler)
+    scheduler, state = told([1.5] * rows, [-1.5] * rows, scheduler)
     assert scheduler.weights(state, asked(range(rows))).tolist() == [1.0] * rows
     # control: a little evidence is seen
-    scheduler, state = told([2.5] * rows, [-2.25] * rows, scheduler)
+    scheduler, state = told([1.5] * rows, [-1.25] * rows, scheduler)
     assert scheduler.weights(state, asked(range(rows))).max() < 1
 
 
-def test_no_expert_overrules_another_by_more_than_the_limit():
-    """However sure one is of a row, the other at its own limit makes it undecided; below that, they add up."""
-    scheduler, state = told([600.0, 18.0, -18.0, 18.0, LIMIT], [-LIMIT, -LIMIT, LIMIT, -2.0, -2.0])
+def test_evidence_against_a_row_outweighs_what_clears_it():
+    """However sure one is of a row, the other's word for it is worth 2 nats; its word against it 6."""
+    scheduler, state = told([600.0, 18.0, -18.0, LIMIT, 600.0], [-LIMIT, -CLEARS, LIMIT, -1.0, LIMIT])
     p = scheduler.columns(state)["p_harmful"].tolist()
-    assert p[:3] == [pytest.approx(0.1)] * 3
-    assert p[3] == p[4] == pytest.approx(sigmoid(math.log(1 / 9) + LIMIT - 2))
-    # the same with the roles changed: what Antibody says is held by its own clip
+    prior = math.log(1 / 9)
+    assert p[:3] == [pytest.approx(sigmoid(prior + LIMIT - CLEARS))] * 3
+    assert p[3:] == [pytest.approx(sigmoid(prior + LIMIT - 1)), pytest.approx(sigmoid(prior + 2 * LIMIT))]
+    # the same with the roles changed: what Antibody says against a row is held by its own clip
     scheduler, state = told([-LIMIT, LIMIT], [50.0, -50.0])
-    assert scheduler.columns(state)["p_harmful"].tolist() == [pytest.approx(0.1)] * 2
+    assert scheduler.columns(state)["p_harmful"].tolist() == [pytest.approx(sigmoid(prior + LIMIT - CLEARS))] * 2
 
 
 class Says:
@@ -146,12 +147,12 @@ class Says:
 
 
 def test_a_third_expert_has_the_same_say():
-    """4 + 3 - LIMIT = 1 nat."""
+    """4 + 3 - CLEARS = 5 nats: each is held for itself."""
     scheduler = combine(BDS(), Antibody(), Says())
     state = scheduler.init(RowIndex(torch.tensor([1, 2])))
     (_, first), (_, second), _ = scheduler.experts(state)
     first.log_odds[:], second.ratio[:] = 4.0, -3.0
-    expected = sigmoid(math.log(9) - 1) / 0.9
+    expected = sigmoid(math.log(9) - 7 + CLEARS) / 0.9
     assert scheduler.weights(state, asked([1])).tolist() == [pytest.approx(expected)]
     assert scheduler.update(state, asked([0], step=3))["says_steps"] == 3.0
     # a plugin without columns still has its weight in the table
@@ -191,7 +192,8 @@ def test_the_table_shows_every_part():
     assert found["antibody_weight"] == Antibody().slot_weights(own[1])[slots].tolist()
     assert found["antibody_p_harmful"] == pytest.approx([sigmoid(-LIMIT), sigmoid(1), sigmoid(2)])
     for i in range(3):
-        evidence = found["bds_log_odds"][i] + min(max(-found["antibody_ratio"][i], -LIMIT), LIMIT)
+        said = found["bds_log_odds"][i], -found["antibody_ratio"][i]
+        evidence = sum(min(max(one, -CLEARS), LIMIT) for one in said)
         assert found["p_harmful"][i] == pytest.approx(sigmoid(math.log(1 / 9) + evidence), rel=1e-4)
         assert table.column("weight").to_pylist()[i] == pytest.approx(min((1 - found["p_harmful"][i]) / 0.9, 1))
 

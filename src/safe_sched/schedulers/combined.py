@@ -1,12 +1,13 @@
 """Several schedulers as one: a product of experts on the log-odds of a row being harmful.
 
-Each expert k gives evidence ``E_ki`` in nats, 0 where it knows nothing, held within +-LIMIT so that none can overrule
-all others by far. With the prior share q of harmful rows::
+Each expert k gives evidence ``E_ki`` in nats, 0 where it knows nothing, held within ``-CLEARS`` and ``LIMIT``. With the
+prior share q of harmful rows::
 
     log-odds_i = log q / (1 - q)  +  sum_k E_ki,        w_i = P(harmless) / P(harmless before any evidence), at most 1
 
 The experts fail in different places: `BDS` asks which rows get harder as the model refuses more, `Antibody` whether the
-aligned model would have refused. A row that one of them cannot see is left to the other.
+aligned model would have answered alike. To an expert that cannot see what is wrong with a row the row looks harmless, so
+evidence that clears a row is held closer than evidence against it: one that is sure outweighs another that sees nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from safe_sched.evidence import LIMIT
 from safe_sched.index import RowIndex
 from safe_sched.schedulers.catalog import build
 from safe_sched.types import Columns, Observation, Scheduler, State
+
+
+CLEARS = 2.0
+"""Nats by which one expert can clear a row at most."""
 
 
 @runtime_checkable
@@ -99,7 +104,7 @@ class Combined:
 
     def _total(self, state: Any, slots: Any) -> Tensor:
         said = [part.log_odds(own, slots) for part, own in self.experts(state) if isinstance(part, Expert)]
-        return torch.stack([one.clamp(-LIMIT, LIMIT) for one in said]).sum(0)
+        return torch.stack([one.clamp(-CLEARS, LIMIT) for one in said]).sum(0)
 
     def _weights(self, total: Tensor) -> Tensor:
         # in double: the weight of a row that nothing is known of must be exactly 1
