@@ -71,6 +71,14 @@ TRIED = (
     "is among those below, and xi = 1 was chosen on them for its sharpness; the others were on a seed that is "
     "not. Gradient descent became an attack after AdamW had shown no gain, with that of two settings in which "
     "`theorem` had held longer than SFT alone: its column is the more favourable one by choice."
+    "\n\nA second search chose on two seeds that are not below, among 20 settings with more weight on refusals at "
+    "a farther attacked point (rho 0.3 to 3, lambda_refusal 0.5 and 1, strength 0 to 0.5, 80 or 200 steps), "
+    "and looked at the best of them, rho = 1, strength 0.05, lambda_refusal = 1 and the base model's own "
+    "wordings, on these three seeds once: 48, 60, 68 steps under AdamW where SFT alone has 56, 64, 48, and 60, "
+    "80, 88 against 68, 80, 60 where a fifth of the attack's rows are harmful; benign prompts right 77 %, 73 "
+    "%, 83 %. So one seed of three is longer, at a price: no gain that we would claim. It does last longer "
+    "than the same refusals without the attack (rho near 0: 44, 36, 48). The scripts of both searches are not "
+    "in the repository."
 )
 
 

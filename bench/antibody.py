@@ -287,7 +287,7 @@ def page(records: Sequence[Record], command: str, path: Path) -> str:
         "# Does Antibody's ratio tell harmful rows from benign ones?",
         f"{len(records)} fine-tuning runs of the demo's base model, about a million parameters, all of them trained, "
         f"with TRL's SFTTrainer: {plan['rows']} rows, batches of 16, learning rate 3e-4, {plan['epochs']} epochs, "
-        f"seeds {seeds}. Everything in one run of\n\n```text\n{command}\n```\n\nwith {seconds:.0f} seconds of training "
+        f"seeds {seeds}. Everything made by\n\n```text\n{command}\n```\n\nwith {seconds:.0f} seconds of training "
         f"in all, on {machine()}.",
         f"`Antibody` is `Antibody()` with every option at its default, `both` is `combine(BDS(), Antibody())`, "
         "`published` the rule of the authors' code (a token-mean ratio under the model as it trains, softmax over the "
@@ -315,11 +315,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=600, help="of the fine-tuning file (default: 600)")
     parser.add_argument("--epochs", type=int, default=study.EPOCHS, help=f"default: {study.EPOCHS}")
     parser.add_argument("--lines", type=Path, default=Path("runs/antibody.jsonl"), help="default: runs/antibody.jsonl")
+    parser.add_argument("--report", action="store_true", help="run nothing: report all runs in the lines file")
     parser.add_argument("--out", type=Path, help="write the report as a Markdown page, with its figure beside it")
     options = parser.parse_args(arguments)
     command = shlex.join(["python", "bench/antibody.py", *(sys.argv[1:] if arguments is None else arguments)])
     console = Console()
-    records = carry_out(plans(options), options.lines, console, run)
+    if options.report:
+        records, command = evidence.read([options.lines], "bench/antibody.py")
+    else:
+        records = carry_out(plans(options), options.lines, console, run)
     report.show([targets(records), *tables(records)], LEGEND, console)
     if options.out:
         plot(records, options.out.parent / "figures" / f"{options.out.stem}.png")

@@ -229,8 +229,8 @@ def carry_out(
     return [done[plan] for plan in wanted]
 
 
-def read(files: Sequence[Path]) -> tuple[list[dict[str, Any]], str]:
-    """The runs in some files, and the commands that make them; all must be of one code."""
+def read(files: Sequence[Path], script: str = "bench/evidence.py") -> tuple[list[dict[str, Any]], str]:
+    """The runs in some files, and the commands of the script that makes them; all must be of one code."""
     records = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
     codes = {record["code"] for record in records}
     if len(codes) != 1:
@@ -245,7 +245,7 @@ def read(files: Sequence[Path]) -> tuple[list[dict[str, Any]], str]:
         words = ["--arms", arm, "--safety-rows", rows, "--safety-batches", batch]
         for option, name in (("--tasks", "task"), ("--shares", "share"), ("--seeds", "seed")):
             words += [option, *sorted(group[name])]
-        commands.append(shlex.join(["python", "bench/evidence.py", *map(str, words)]))
+        commands.append(shlex.join(["python", script, *map(str, words)]))
     return records, "\n".join(commands)
 
 
