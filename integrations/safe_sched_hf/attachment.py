@@ -35,9 +35,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from safe_sched.errors import DataError, ModelError
+from safe_sched.errors import ModelError
 from safe_sched.gate import scale_gradient, token_weights
-from safe_sched.identity import IGNORE_INDEX, Layout, layout_of
+from safe_sched.identity import IGNORE_INDEX
 from safe_sched.losses import label_log_probs, nll_from_log_probs
 from safe_sched.probe import row_scores
 from safe_sched.session import Batch, Session
@@ -45,30 +45,10 @@ from safe_sched.types import evidential, experts_of
 from safe_sched_hf.features import RowFeatures
 from safe_sched_hf.probe import Probe, adapter_active, lines_log_probs
 from safe_sched_hf.refusals import Refusals
+from safe_sched_hf.rows import batch_fields
 from safe_sched_hf.wrapping import Wrapping
 
 _PAST = 64  # micro-batches whose tokens are kept
-
-
-def batch_fields(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Layout]:
-    """Tokens, labels and rows of a micro-batch as a trainer's collator made it.
-
-    Raises:
-        DataError: There are no tokens or no labels to go by.
-    """
-    input_ids, labels = inputs.get("input_ids"), inputs.get("labels")
-    if not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor) or labels.shape != input_ids.shape:
-        raise DataError(
-            f"a training batch has the fields {sorted(inputs)}; needed: input_ids and labels of one shape. Use a "
-            "collator that makes labels, for example DataCollatorForLanguageModeling(tokenizer, mlm=False)."
-        )
-    layout = layout_of(
-        input_ids,
-        attention_mask=inputs.get("attention_mask"),
-        position_ids=inputs.get("position_ids"),
-        cu_seq_lens=inputs.get("cu_seq_lens_q"),
-    )
-    return input_ids, labels, layout
 
 
 class Attachment(Wrapping):

@@ -184,6 +184,7 @@ class SafeSchedCallback(TrainerCallback):
             asked = self._safety or self._read_safety(CORE, args, tokenizer, sample)
             assert asked is not None
             refusals = Refusals(trainer, self._session, asked)
+            refusals.first_pass(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
         self._attachment = Attachment(trainer, self._session, probe, refusals)
         self._attachment.attach()
 

@@ -31,7 +31,7 @@ from safe_sched.errors import DataError, ModelError, OptionError, PluginError, U
 from safe_sched.hooks import RowLosses, RowLossesRequest
 from safe_sched.identity import keys_of
 from safe_sched.losses import label_counts, nll_from_log_probs, nll_from_logits
-from safe_sched_hf.attachment import batch_fields
+from safe_sched_hf.rows import batch_fields
 from safe_sched_hf.safety import has_fused_head
 
 _NUMBER = "safe_sched_row"  # a column that TRL carries along: it drops rows that max_length leaves without a label

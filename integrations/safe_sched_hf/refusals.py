@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import Trainer
 
 from safe_sched.errors import DataError
@@ -35,6 +36,7 @@ from safe_sched.rows import core_refusals
 from safe_sched.schedulers.antibody import Antibody, AntibodyState, Check
 from safe_sched.session import Batch, Session
 from safe_sched.types import evidential
+from safe_sched_hf.rows import batch_fields, leaving_random_numbers
 from safe_sched_hf.safety import SafetySet, assistant_mark, pad_rows
 
 T = TypeVar("T")
@@ -43,6 +45,7 @@ REFRESH = 12
 """Optimiser steps after which safety prompts are looked at again, while ratios are taken; later, a quarter of all."""
 
 _PROMPTS = 32  # safety prompts of a calibration
+_AT_START = 64  # rows collated at once by a pass over all: like lengths are then put together
 _OPENINGS, _MASS = 16, 0.99  # of the openings, those that the model uses on safety prompts
 _COMPLIANCES = (
     "Sure, here is how to do it: [withheld].",
@@ -97,8 +100,6 @@ class Refusals:
         self._known: list[tuple[int, ...]] = []
         self._shared = True
         self._ready = False
-        self._others: list[Tensor] = []
-        self._observed = 0
         self._pending: dict[int, Pending] = {}
 
     @property
@@ -120,17 +121,13 @@ class Refusals:
         """Take the ratios of the rows of an optimiser step that are due, as far as no training forward is needed."""
         self._pending = {}
         scheduler, state = self._antibody
-        if not self._ready:
-            self._prepare(batches)
+        self._set_up(batches)
         step = self.session.steps
-        if state.verdict == 0:
-            self._calibrate(batches)
-            self._observed = step
         if not any(bool(self._due(batch, scheduler.asked).any()) for batch in batches):
             return
         watched = scheduler.anchor or scheduler.on_inversion != "ignore"
-        if watched and step - self._observed >= max(REFRESH, step // 4):
-            self._observed = step
+        if watched and step - state.observed >= max(REFRESH, step // 4):
+            state.observed = step
             with self._asking(adapter=True):
                 refused = self._log_odds(self._prompts)
             unread = state.source != _ADAPTER_OFF and any(bool(self._due(b, _unread).any()) for b in batches)
@@ -140,6 +137,36 @@ class Refusals:
         for batch, rows in zip(batches, due, strict=True):
             if bool(rows.any()):
                 self._read(batch, rows, ahead=ahead)
+
+    def _set_up(self, batches: Sequence[Batch]) -> None:
+        if not self._ready:
+            self._prepare(batches)
+        if self._antibody[1].verdict == 0:
+            self._calibrate(batches)
+
+    def first_pass(self, dataset: Any, collate: Callable[[list[Any]], Any], *, progress: bool) -> None:
+        """Take the ratios of all rows before the first step, where ``anchor="start"`` asks for it.
+
+        Args:
+            dataset: What the trainer's data loader reads; a stream is left to be read as it comes.
+            collate: The data loader's collator.
+            progress: Whether to show a bar.
+        """
+        scheduler, state = self._antibody
+        if scheduler.anchor != "start" or self.session.steps or self.session.index.streaming:
+            return
+        bar = tqdm(total=len(dataset), desc="asking about rows", unit="row", disable=not progress, leave=False)
+        with bar, leaving_random_numbers():
+            for start in range(0, len(dataset), _AT_START):
+                items = [dataset[i] for i in range(start, min(start + _AT_START, len(dataset)))]
+                batch = self.session.identify(*batch_fields(collate(items)))
+                self._set_up([batch])
+                if state.source == _ADAPTER_OFF:
+                    return  # the start can be asked at any time
+                due = self._due(batch, scheduler.due)
+                if bool(due.any()):
+                    self._read(batch, due, ahead=True)
+                bar.update(len(items))
 
     def _due(self, batch: Batch, question: Callable[[Any, Tensor], Tensor]) -> Tensor:
         answer = batch.slots >= 0
@@ -334,12 +361,13 @@ class Refusals:
         some = min(self._prompts, key=len), max(self._prompts, key=len)
         few = branches_of(self._candidates[:: max(1, len(self._candidates) // 4)])
         try:
-            shared = torch.stack(self._branched(some, [few, few])).sum(-1).exp()
+            shared = torch.stack(self._branched(some, [few, few]))
             reason = "its answers differ from those of separate lines"
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
             shared, reason = torch.tensor(torch.inf), str(error)
-        separate = torch.stack(self._branched(some, [few, few], exact=True)).sum(-1).exp()
-        self._shared = bool(((shared - separate).abs() < 0.02).all())
+        separate = torch.stack(self._branched(some, [few, few], exact=True))
+        # 16-bit floats differ by some per cent of a log-probability
+        self._shared = bool(((shared - separate).abs() < 0.1 + 0.02 * separate.abs()).all())
         if not self._shared:
             warnings.warn(
                 f"Antibody: refusals cannot share a prompt in this model ({reason}). Every one gets a line of its "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import datasets
@@ -21,10 +21,9 @@ from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
 from safe_sched.errors import DataError
-from safe_sched.identity import keys_of, keys_of_flat
+from safe_sched.identity import Layout, keys_of, keys_of_flat, layout_of
 from safe_sched.index import RowIndex
 from safe_sched.losses import label_counts
-from safe_sched_hf.attachment import batch_fields
 
 _TRIED = 16  # rows that decide whether the fast path is right
 _CHUNK = 1 << 17  # tokens read at once: arrays that stay in the cache; ten times as many take ten times as long
@@ -47,7 +46,7 @@ def index_rows(dataset: Any, collate: Callable[[list[Any]], Any], *, progress: b
         return RowIndex(None)
     if len(dataset) == 0:
         raise DataError("the training set has no rows; give the trainer at least one row to train on")
-    with _same_random_numbers():
+    with leaving_random_numbers():
         fast = _from_columns(dataset, collate, progress)
         keys, counts, packed = fast if fast is not None else _from_batches(dataset, collate, progress)
     empty = (counts == 0).nonzero().flatten()
@@ -65,7 +64,7 @@ def first_rows(dataset: Any, count: int = 4) -> list[list[int]]:
     """The token ids of the first rows, none of a stream: reading one would use it up."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return []
-    with _same_random_numbers():
+    with leaving_random_numbers():
         rows = [dataset[i] for i in range(min(count, len(dataset)))]
     return [list(row["input_ids"]) for row in rows if "input_ids" in row]
 
@@ -128,13 +127,34 @@ def _from_batches(dataset: Any, collate: Callable[[list[Any]], Any], progress: b
     return torch.cat([k for k, _ in parts]), torch.cat([n for _, n in parts]), packed
 
 
+def batch_fields(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Layout]:
+    """Tokens, labels and rows of a micro-batch as a trainer's collator made it.
+
+    Raises:
+        DataError: There are no tokens or no labels to go by.
+    """
+    input_ids, labels = inputs.get("input_ids"), inputs.get("labels")
+    if not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor) or labels.shape != input_ids.shape:
+        raise DataError(
+            f"a training batch has the fields {sorted(inputs)}; needed: input_ids and labels of one shape. Use a "
+            "collator that makes labels, for example DataCollatorForLanguageModeling(tokenizer, mlm=False)."
+        )
+    layout = layout_of(
+        input_ids,
+        attention_mask=inputs.get("attention_mask"),
+        position_ids=inputs.get("position_ids"),
+        cu_seq_lens=inputs.get("cu_seq_lens_q"),
+    )
+    return input_ids, labels, layout
+
+
 def _keys_of_collated(inputs: Any) -> tuple[Tensor, Tensor]:
     input_ids, labels, layout = batch_fields(inputs)
     return keys_of(input_ids, labels, layout), label_counts(labels, layout)
 
 
 @contextlib.contextmanager
-def _same_random_numbers() -> Iterator[None]:
+def leaving_random_numbers() -> Iterator[None]:
     """Leave every generator as it was: a collator may draw numbers, and training must not notice."""
     state, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):

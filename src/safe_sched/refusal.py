@@ -91,9 +91,10 @@ def answers_of(
         starts = (labelled[1:] & ~labelled[:-1]).nonzero().flatten().add(1).tolist()
         ends = (~labelled[1:] & labelled[:-1]).nonzero().flatten().add(1).tolist()
         if not starts or starts[0] < 2 or bool(labelled[0]):
-            starts = _behind(tokens.tolist(), list(mark))
-            ends = [start - len(mark) for start in starts[1:]]
-            if not starts:
+            marked = _behind(tokens.tolist(), list(mark))
+            if marked:
+                starts, ends = marked, [start - len(mark) for start in marked[1:]]
+            elif not starts or bool(labelled[0]):
                 lost.append(row)
                 continue
         ends = [next((end for end in ends if end > start), tokens.numel()) for start in starts]

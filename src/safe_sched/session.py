@@ -124,25 +124,35 @@ class Session:
         Raises:
             CoverageError: A row is not in the training set that was indexed at the start.
         """
-        self._batches = []
-        for input_ids, labels, layout in batches:
-            keys = keys_of(input_ids, labels, layout)
-            tokens = label_counts(labels, layout).cpu()
-            keys, teaches = keys.cpu(), tokens > 0
-            if self.index.streaming and self.index.add(keys[teaches]):
-                self._grow()
-            slots = torch.where(teaches, self.index.lookup(keys), -1)
-            unknown = (teaches & (slots < 0)).nonzero().flatten()
-            if unknown.numel():
-                self._raise_unknown(input_ids, layout, unknown)
-            factors = torch.ones(layout.rows, device=labels.device)
-            self._batches.append(Batch(input_ids, labels, layout, slots, tokens, factors))
+        self._batches = [self.identify(*batch) for batch in batches]
         slots, tokens = (
             torch.cat([getattr(batch, name)[batch.slots >= 0] for batch in self._batches] or [torch.empty(0).long()])
             for name in ("slots", "label_tokens")
         )
         self._step_rows = slots, tokens
         return self._batches
+
+    def identify(self, input_ids: Tensor, labels: Tensor, layout: Layout) -> Batch:
+        """Which rows of the training set a micro-batch holds.
+
+        Args:
+            input_ids: int64 (batch, sequence).
+            labels: int64 (batch, sequence), -100 where ignored.
+            layout: Where its rows lie.
+
+        Raises:
+            CoverageError: A row is not in the training set that was indexed at the start.
+        """
+        keys = keys_of(input_ids, labels, layout)
+        tokens = label_counts(labels, layout).cpu()
+        keys, teaches = keys.cpu(), tokens > 0
+        if self.index.streaming and self.index.add(keys[teaches]):
+            self._grow()
+        slots = torch.where(teaches, self.index.lookup(keys), -1)
+        unknown = (teaches & (slots < 0)).nonzero().flatten()
+        if unknown.numel():
+            self._raise_unknown(input_ids, layout, unknown)
+        return Batch(input_ids, labels, layout, slots, tokens, torch.ones(layout.rows, device=labels.device))
 
     def _raise_unknown(self, input_ids: Tensor, layout: Layout, unknown: Tensor) -> None:
         row = int(unknown[0])

@@ -68,6 +68,7 @@ class AntibodyState(State):
         ratio: float32 (slots,), r in nats; nan before it was taken.
         looks: uint8 (slots,), 0, 1 in the first `EARLY` steps, 2 where no more are to come.
         steps: Updates so far.
+        observed: The step at which safety prompts were asked last.
         strength: float64 (2,), mean log-odds of refusing safety prompts: at the start, and when last looked at.
         threshold, slope: float64 (), of the logit.
         verdict: 0 before the calibration, 1 fine, 2 fell back to openings, 3 abstains.
@@ -80,6 +81,7 @@ class AntibodyState(State):
     ratio: Tensor
     looks: Tensor
     steps: int
+    observed: int
     strength: Tensor
     threshold: Tensor
     slope: Tensor
@@ -113,7 +115,8 @@ class Antibody:
         tau: Temperature, > 0: of the softmax in nats of ratio, of the sigmoid in nats of logit.
         ratio: ``"opening"``, ``"token_mean"`` or ``"sequence_sum"``, see `safe_sched.schedulers.antibody`.
         refusals: Refusals to compare with; None: about a hundred that come with the package.
-        anchor: Whether a row's ratio is taken under the aligned start and kept.
+        anchor: Whether a row's ratio is taken under the aligned start and kept. ``"start"``: where all parameters
+            train, so that no adapter can be switched off, ask all rows before the first step and not as they come by.
         refusal_cost: ``"shared_prefix"``: one forward of the prompt, on which all refusals grow. ``"first_token"``: the
             first token of a refusal only, read from the training forward. ``"exact"``: a line of its own for every
             prompt with a refusal.
@@ -146,7 +149,7 @@ class Antibody:
     tau: Annotated[float, Field(gt=0)] = 1.0
     ratio: Ratio = "opening"
     refusals: tuple[str, ...] | None = None
-    anchor: bool = True
+    anchor: bool | Literal["start"] = True
     refusal_cost: RefusalCost = "shared_prefix"
     pool: Literal["optimizer_step", "micro_batch"] = "optimizer_step"
     gate: Literal["sigmoid", "softmax"] = "sigmoid"
@@ -189,6 +192,7 @@ class Antibody:
             ratio=torch.full((index.slots,), torch.nan),
             looks=torch.zeros(index.slots, dtype=torch.uint8),
             steps=0,
+            observed=0,
             strength=torch.zeros(2, dtype=torch.float64),
             threshold=torch.tensor(0.0, dtype=torch.float64),
             slope=torch.tensor(1.0, dtype=torch.float64),

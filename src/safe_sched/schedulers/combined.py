@@ -5,9 +5,10 @@ prior share q of harmful rows::
 
     log-odds_i = log q / (1 - q)  +  sum_k E_ki,        w_i = P(harmless) / P(harmless before any evidence), at most 1
 
-The experts fail in different places: `BDS` asks which rows get harder as the model refuses more, `Antibody` whether the
-aligned model would have answered alike. To an expert that cannot see what is wrong with a row the row looks harmless, so
-evidence that clears a row is held closer than evidence against it: one that is sure outweighs another that sees nothing.
+The experts fail in different places: `BDS` asks which rows get harder as the model refuses more, `Antibody` whether
+the aligned model would have answered alike. To an expert that cannot see what is wrong with a row the row looks
+harmless, so evidence that clears a row is held closer than evidence against it: one that is sure outweighs another that
+sees nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from safe_sched.evidence import LIMIT
 from safe_sched.index import RowIndex
 from safe_sched.schedulers.catalog import build
 from safe_sched.types import Columns, Observation, Scheduler, State
-
 
 CLEARS = 2.0
 """Nats by which one expert can clear a row at most."""
