@@ -745,3 +745,45 @@ def test_first_tokens_cost_no_forward(tmp_path: Path) -> None:
     assert forwards.steps[0] > 1  # the calibration
     assert forwards.steps[1:] == [1] * 9
     assert not bool(ours.session.state.ratio.isnan().any())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# asked at the start ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", ["opening", "token_mean"])
+def test_all_rows_can_be_asked_before_the_first_step(ratio: Any, tmp_path: Path) -> None:
+    """Where all parameters train there is no adapter to switch off, and a later row finds another model."""
+    rows = token_rows(40, seed=3, shortest=6)
+    found = []
+    for anchor in ("start", True):
+        forwards, chosen = Forwards(), antibody(anchor=anchor, ratio=ratio)
+        ours = callback(chosen)
+        make_sft(
+            tmp_path, rows, callbacks=[forwards, ours], model=make_model(), max_steps=10, learning_rate=0.05
+        ).train()
+        found.append(ratios_of(ours))
+        if anchor == "start":
+            assert forwards.steps[1:] == [1] * 9  # and none while training
+    start = make_model()
+    if ratio == "opening":
+        wanted = torch.tensor([opening_by_hand(start, ours, split(row)[0]) for row in rows])
+        assert torch.allclose(found[0], wanted, atol=1e-3)
+    assert float((found[0] - found[1]).abs().median()) > 0.1  # control: read as they come by, rows have drifted
+
+
+def test_asking_at_the_start_draws_no_random_numbers(tmp_path: Path) -> None:
+    """Rows are collated a second time for it, in the order of the file."""
+    runs = []
+    for anchor in ("start", True):
+        ours = callback(antibody(anchor=anchor, tau=1e6))  # weights alike, so that the runs differ in the asking alone
+        trainer = make_sft(tmp_path, ROWS, callbacks=[ours], max_steps=4, model=make_model(attention_dropout=0.1))
+        trainer.train()
+        runs.append(trainer)
+    assert largest_difference(parameters_of(runs[0].model), parameters_of(runs[1].model)) < 1e-5
+
+
+def test_where_the_adapter_can_be_switched_off_nobody_is_asked_in_advance(tmp_path: Path) -> None:
+    ours = callback(antibody(anchor="start"))
+    peft = {"peft_config": lora(init_lora_weights=True)}
+    make_sft(tmp_path, token_rows(40, seed=3, shortest=6), callbacks=[ours], max_steps=2, **peft).train()
+    assert int((~ratios_of(ours).isnan()).sum()) == 8  # the rows of two steps
