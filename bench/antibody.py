@@ -256,7 +256,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     left.axhline(MASS[0.5], color="black", linewidth=0.8, linestyle=":")
     left.set(yscale="log", xlabel="optimiser step", ylabel="running share of the weight")
     left.set_title("Weight of harmful rows, half of the file (dotted: 5 %)", loc="left", fontsize=10)
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, ncols=len(COLORS), loc="lower right", bbox_to_anchor=(1.0, -0.28))
     arms = [arm for arm in ("published", *OURS) if any(r["plan"]["arm"] == arm for r in records)]
     tasks = [task for task in TASKS if any(r["plan"]["task"] == task for r in records)]
     for row, arm in enumerate(arms):
@@ -283,6 +283,7 @@ def page(records: Sequence[Record], command: str, path: Path) -> str:
     """The report as a page."""
     plan, seconds = records[0]["plan"], sum(record["seconds"] for record in records)
     seeds = ", ".join(map(str, sorted({record["plan"]["seed"] for record in records})))
+    present = {record["plan"]["task"] for record in records}
     opening = [
         "# Does Antibody's ratio tell harmful rows from benign ones?",
         f"{len(records)} fine-tuning runs of the demo's base model, about a million parameters, all of them trained, "
@@ -294,7 +295,7 @@ def page(records: Sequence[Record], command: str, path: Path) -> str:
         "micro-batch), `weights 1` the control without weights. "
         f"{plan['safety_rows']} safety rows stand by: one a step is trained beside 16 user rows, or none, and then "
         "they are only asked, at the start and from time to time.",
-        "\n".join(f"- **{name}**: {task.about}" for name, task in TASKS.items()),
+        "\n".join(f"- **{name}**: {TASKS[name].about}" for name in TASKS if name in present),
         f"![Weight of harmful rows, and AUROC by arm](figures/{path.stem}.png)",
         LEGEND,
     ]

@@ -157,9 +157,9 @@ def antibody(sizes: turns.Sizes, console: Console) -> Section:
         + "\n\nNot in it: the calibration at step 0, which is warm-up; and the later looks at 32 safety prompts, "
         f"where rows are still to be read: at step {REFRESH}, and then every {REFRESH} steps and, later, whenever a "
         f"quarter more are done. The rounds are steps {sizes.warm_up} to {last}, so none of them has such a look. "
-        "Where all rows have been read there are none. The published rule is calibrated anew each time, with a line "
-        "for every prompt with each of 16 openings: more than 700 lines, where the others have 32. The model is "
-        'random and refuses nothing, which is ignored (`on_inversion="ignore"`), and no row gets a second look.'
+        "Where all rows have been read there are none. The model is random and refuses nothing, which is ignored "
+        '(`on_inversion="ignore"`), and no row gets a second look; under the published rule, unanchored, ignoring it '
+        "means that safety prompts are not looked at again."
     )
     return Section("Antibody", note, (*TIMES, "peak memory"), lines)
 

@@ -19,12 +19,14 @@ and refusals of the same prompts are taught at the attacked point, with a small 
 
 Three rules for lambda:
 
-============  =================================================================  ======================================
-``theorem``   ``max(0, xi - <g_align, g_sharp> / |g_sharp|**2)``                 the theorem with a = xi |g_sharp|**2:
-                                                                                 falls where alignment flattens already
+============  =================================================================  ===================================
+``theorem``   ``max(0, xi - <g_align, g_sharp> / |g_sharp|**2)``                 the theorem; less where alignment
+                                                                                 flattens already
 ``cosine``    ``max(0, eta - cos(g_align, g_sharp))``, moving average of .99     the authors' code; within 1 of eta
 ``constant``  ``strength``                                                       Booster, where lambda_refusal is 0
-============  =================================================================  ======================================
+============  =================================================================  ===================================
+
+The theorem's rule takes ``a = xi |g_sharp|**2``.
 
 Cost per optimiser step: 3 F + 3 B beside the trainer's own (2 F + 2 B without refusals), and memory for two copies of
 the trainable parameters, the attacked ones and one gradient.
