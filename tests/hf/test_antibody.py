@@ -747,7 +747,7 @@ def test_first_tokens_cost_no_forward(tmp_path: Path) -> None:
     assert not bool(ours.session.state.ratio.isnan().any())  # pyright: ignore[reportAttributeAccessIssue]
 
 
-# asked at the start ------------------------------------------------------------------------------------------------------
+# asked at the start ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ratio", ["opening", "token_mean"])
