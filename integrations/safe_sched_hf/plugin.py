@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from safe_sched.generation import LocalModel, TextGenerator
 from safe_sched.hooks import RowLosses, RowLossesRequest, hookimpl
 
 
@@ -15,3 +19,33 @@ def safe_sched_row_losses(request: RowLossesRequest) -> RowLosses | None:
     from safe_sched_hf.losses import row_losses
 
     return row_losses(request)
+
+
+@hookimpl
+def safe_sched_text_generator(request: LocalModel) -> TextGenerator | None:
+    """See `safe_sched.hooks.safe_sched_text_generator`; nothing where transformers is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from safe_sched_hf.rewriter import ChatModel
+
+    return ChatModel(request)
+
+
+@hookimpl
+def safe_sched_row_set(data: object) -> object | None:
+    """See `safe_sched.hooks.safe_sched_row_set`; nothing unless it is a set of datasets."""
+    if "datasets" not in sys.modules:  # then it cannot be one
+        return None
+    from safe_sched_hf.mixing import row_set
+
+    return row_set(data)
+
+
+@hookimpl
+def safe_sched_open_source(source: str) -> Iterable[Mapping[str, Any]] | None:
+    """See `safe_sched.hooks.safe_sched_open_source`; nothing where datasets is not installed."""
+    if not source.startswith("hf://") or importlib.util.find_spec("datasets") is None:
+        return None
+    from safe_sched_hf.sources import open_hub
+
+    return open_hub(source)

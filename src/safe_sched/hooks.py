@@ -24,15 +24,16 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import pluggy
 import torch
 from torch import Tensor
 
 from safe_sched.errors import OptionError, PluginError, UnscoredError, some_of
+from safe_sched.generation import Device, Dtype, LocalModel, TextGenerator
 
 PROJECT = "safe_sched"
 """The name of the entry point group."""
@@ -40,9 +41,6 @@ PROJECT = "safe_sched"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 """Marks a function of a plugin as the implementation of the hook that it is named after."""
-
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def _silent(stage: str, done: int, total: int | None) -> None:
@@ -160,6 +158,35 @@ def safe_sched_schedulers() -> Mapping[str, type]:  # pyright: ignore[reportRetu
     """
 
 
+@hookspec(firstresult=True)
+def safe_sched_text_generator(request: LocalModel) -> TextGenerator | None:  # pyright: ignore[reportReturnType]
+    """A chat model on this machine that answers `safe_sched.generation.TextRequest`, for `safe_sched.mixing.rewrite`.
+
+    The model is loaded when it is first asked, not here. The first answer that is not None counts: return None where
+    what is needed is not installed.
+    """
+
+
+@hookspec(firstresult=True)
+def safe_sched_row_set(data: object) -> object | None:
+    """A training set of a kind of its own as a `safe_sched.mixing.sets.RowSet`, for `safe_sched.mixing.mix`.
+
+    The first answer that is not None counts: return None for what is not yours. Lists and tuples are never asked about.
+    """
+
+
+@hookspec(firstresult=True)
+def safe_sched_open_source(source: str) -> Iterable[Mapping[str, Any]] | None:  # pyright: ignore[reportReturnType]
+    """The rows of a data set that is no file, such as ``"hf://owner/name:split"``, for `safe_sched.files.open_rows`.
+
+    They are gone through once or several times, and must not be held in memory. The first answer that is not None
+    counts: return None for what is another plugin's, or where what is needed is not installed.
+
+    Raises:
+        SafeSchedError: The source cannot be opened.
+    """
+
+
 # calling them ---------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +229,37 @@ def row_losses(request: RowLossesRequest) -> RowLosses:
         raise PluginError(
             f"a plugin gave {tuple(found.nll.shape)} losses for {len(request.rows)} rows; needed: one per row, in "
             "order. Update or uninstall the package that brings it."
+        )
+    return found
+
+
+def text_generator(request: LocalModel) -> TextGenerator:
+    """A model on this machine, from the first plugin that can run one.
+
+    Raises:
+        PluginError: There is none.
+        SafeSchedError: Whatever is wrong with the model.
+    """
+    found = manager().hook.safe_sched_text_generator(request=request)
+    if found is None:
+        raise PluginError(
+            "nothing that is installed can run a chat model. Install what it takes: pip install 'safe-sched[trl]'; or "
+            "ask a server: Endpoint(...)"
+        )
+    return found
+
+
+def open_source(source: str) -> Iterable[Mapping[str, Any]]:
+    """The rows of a data set that is no file, from the first plugin that can open it.
+
+    Raises:
+        PluginError: There is none.
+        SafeSchedError: The source cannot be opened.
+    """
+    found = manager().hook.safe_sched_open_source(source=source)
+    if found is None:
+        raise PluginError(
+            f"nothing that is installed can open {source!r}. Install what it takes: pip install 'safe-sched[trl]'"
         )
     return found
 

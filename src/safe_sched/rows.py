@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
-
 from safe_sched.errors import DataError
+from safe_sched.files import open_rows
+from safe_sched.files.reading import HUB
 
 CORE = "core"
 """The name of the safety set that comes with the package."""
@@ -44,8 +41,9 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> list[dict[str
     """Rows as dictionaries, from a file, from the package's safety set, or from anything that yields mappings.
 
     Args:
-        source: ``"core"``; a path to a .jsonl, .json (a list of objects), .csv or .parquet file; or an iterable of
-            mappings, such as a list of dicts or a `datasets.Dataset`.
+        source: ``"core"``; a path to a .jsonl, .json (a list of objects), .csv, .parquet or other file that
+            `safe_sched.files.open_rows` knows, or ``"hf://owner/name"``; or an iterable of mappings, such as a list of
+            dicts or a `datasets.Dataset`.
 
     Raises:
         DataError: The file is missing or of an unknown kind, a line is not an object, or there are no rows.
@@ -57,7 +55,7 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> list[dict[str
     if isinstance(source, str) and source == CORE:
         return core_rows()
     if isinstance(source, str | Path):
-        rows = _read_file(Path(source))
+        rows = _read_file(source)
     else:
         rows = []
         for number, row in enumerate(source):
@@ -69,60 +67,7 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> list[dict[str
     return rows
 
 
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise DataError(f"no file {path}; give a path to a .jsonl, .json, .csv or .parquet file, or {CORE!r}")
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} is not a readable .parquet file: {error}") from error
-    if kind not in (".jsonl", ".json", ".csv"):
-        raise DataError(f"{path}: unknown kind {kind!r}; allowed: .jsonl, .json, .csv, .parquet")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from error
-    if kind == ".csv":
-        return _read_csv(path, text)
-    if kind == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise DataError(f"{path} is not a list of objects; for one object per line name it .jsonl")
-        return rows
-    rows = []
-    # not splitlines(): U+2028 and its like may stand in a JSON string
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: a {type(row).__name__}; allowed: an object with named fields")
-        rows.append(row)
-    return rows
-
-
-def _read_csv(path: Path, text: str) -> list[dict[str, Any]]:
-    # every cell stays text: a reader that guesses types makes 7 of the answer "007"
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[dict[str, Any]] = []
-    try:
-        names = next(reader, [])
-        for cells in reader:
-            if cells and len(cells) != len(names):
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {len(cells)} cells; the first line names {len(names)} columns"
-                )
-            if cells:
-                rows.append(dict(zip(names, cells, strict=True)))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
-    return rows
+def _read_file(source: str | Path) -> list[dict[str, Any]]:
+    if not str(source).startswith(HUB) and not Path(source).is_file():
+        raise DataError(f"no file {source}; give a path to a .jsonl, .json, .csv or .parquet file, or {CORE!r}")
+    return list(open_rows(source))
