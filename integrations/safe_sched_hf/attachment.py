@@ -46,6 +46,7 @@ from safe_sched_hf.features import RowFeatures
 from safe_sched_hf.probe import Probe, adapter_active, lines_log_probs
 from safe_sched_hf.refusals import Refusals
 from safe_sched_hf.rows import batch_fields
+from safe_sched_hf.sampling import Sampling
 from safe_sched_hf.wrapping import Wrapping
 
 _PAST = 64  # micro-batches whose tokens are kept
@@ -55,14 +56,20 @@ class Attachment(Wrapping):
     """A session bound to one ``train()`` of one trainer. Use `attach` and `detach`."""
 
     def __init__(
-        self, trainer: Trainer, session: Session, probe: Probe | None = None, refusals: Refusals | None = None
+        self,
+        trainer: Trainer,
+        session: Session,
+        probe: Probe | None = None,
+        refusals: Refusals | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         super().__init__(trainer, {"get_batch_samples": self._get_batch_samples, "training_step": self._training_step})
         self.session = session
         self.probe = probe
         self.refusals = refusals
+        self.sampling = sampling
         self.features = RowFeatures.wanted_by(session.scheduler, trainer.processing_class, trainer.args.device)
-        self._queue: list[tuple[Batch, float]] = []
+        self._queue: list[tuple[Batch, float] | None] = []  # None: an idle micro-batch
         self._seen: dict[str, Tensor] = {}
         self._moved: tuple[Tensor, Tensor] | None = None
         # micro-batches of the last steps, for a second look at rows that were measured in a time of noise
@@ -73,13 +80,24 @@ class Attachment(Wrapping):
     def _get_batch_samples(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         samples, num_items = original(*args, **kwargs)
         if samples:
-            fields = [batch_fields(inputs) for inputs in samples]
+            step = None if self.sampling is None else self.sampling.draws.take(len(samples))
+            idle = [False] * len(samples) if step is None else [batch.idle for batch in step.batches]
+            present = [inputs for inputs, nothing in zip(samples, idle, strict=True) if not nothing]
+            if num_items is not None and len(present) < len(samples):
+                num_items = self.trainer._get_num_items_in_batch(present, self.trainer.args.device)
+            fields = [batch_fields(inputs) for inputs in present]
             batches = self.session.begin_step(fields)
             rows = sum(int((batch.slots >= 0).sum()) for batch in batches)
+            if self.sampling is not None and step is not None:
+                rows = step.rows
+                mean = "row" if self.session.normalizer == "row" else "batch" if num_items is None else "step"
+                self.sampling.scale(step, batches, mean)
+                self.note({"safe_sched/rows_kept": step.kept})
             # the mean that the trainer's loss takes: over the step, or over each micro-batch and then over those
             counts = [int((labels[:, 1:] != IGNORE_INDEX).sum()) for _, labels, _ in fields]
-            totals = [len(counts) * n for n in counts] if num_items is None else [int(num_items)] * len(counts)
-            self._queue = [(batch, total / max(rows, 1)) for batch, total in zip(batches, totals, strict=True)]
+            totals = [len(samples) * n for n in counts] if num_items is None else [int(num_items)] * len(counts)
+            queue = iter([(batch, total / max(rows, 1)) for batch, total in zip(batches, totals, strict=True)])
+            self._queue = [None if nothing else next(queue) for nothing in idle]
         return samples, num_items
 
     def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +106,10 @@ class Attachment(Wrapping):
                 f"{type(self.trainer).__name__} runs a training step on a batch that did not come through "
                 "get_batch_samples, so its rows are not known. Trainers that make their own batches are not supported."
             )
-        batch, mean_tokens = self._queue.pop(0)
+        entry = self._queue.pop(0)
+        if entry is None:
+            return torch.zeros((), device=self.trainer.args.device)
+        batch, mean_tokens = entry
         try:
             self._moved = self._measure(batch, *args, **kwargs)
             with self._listening(batch, mean_tokens):
@@ -97,9 +118,21 @@ class Attachment(Wrapping):
             self.detach()  # nobody tells a callback that training has failed
             raise
 
+    def attach(self) -> None:
+        """Wrap the methods, and the batch sampler where rows are sampled."""
+        super().attach()
+        if self.sampling is not None:
+            self.sampling.attach()
+
+    def detach(self) -> None:
+        """Give the trainer its own again; harmless when called twice."""
+        super().detach()
+        if self.sampling is not None:
+            self.sampling.detach()
+
     def aim(self) -> None:
         """Before an optimiser step, while gradients are empty: make ready to measure the rows that are due in it."""
-        batches = [batch for batch, _ in self._queue]
+        batches = [entry[0] for entry in self._queue if entry is not None]
         if self.refusals is not None:
             self.refusals.before_step(batches)
         if self.probe is not None:

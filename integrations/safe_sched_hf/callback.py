@@ -15,20 +15,31 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 import safe_sched
 from safe_sched.errors import DataError, NumericsError, OptionError, unknown_name
 from safe_sched.rows import CORE
-from safe_sched.schedulers import build
+from safe_sched.schedulers import Lisa, build
 from safe_sched.scorer import Scorer
 from safe_sched.session import Normalizer, Session, require_normalizer
 from safe_sched.state import MANIFEST_FILE, STATE_FILE
 from safe_sched.types import Scheduler
+from safe_sched_hf.alternation import Alternation, check_options, refuse_optimizer
 from safe_sched_hf.attachment import Attachment
 from safe_sched_hf.noise import add_noise
 from safe_sched_hf.probe import Probe
 from safe_sched_hf.refusals import Refusals
 from safe_sched_hf.rows import first_rows, index_rows
 from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, safety_loss
+from safe_sched_hf.sampling import Act, Sampling, require_act
 from safe_sched_hf.wrapping import calling_trainer, refuse_unsupported
 
-_OPTIONS = ("scheduler", "safety_data", "safety_batch_size", "safety_weight", "normalizer", "model_temperature", "seed")
+_OPTIONS = (
+    "scheduler",
+    "safety_data",
+    "safety_batch_size",
+    "safety_weight",
+    "normalizer",
+    "model_temperature",
+    "act",
+    "seed",
+)
 
 
 class SafeSchedCallback(TrainerCallback):
@@ -46,13 +57,17 @@ class SafeSchedCallback(TrainerCallback):
             .jsonl, .json, .csv or .parquet file, a list of dicts or a `datasets.Dataset`, in any schema that TRL's
             SFTTrainer takes. Plain prompts and completions are put into the chat template where the training rows
             are chats. None: no safety batch.
-        safety_batch_size: Safety rows per optimiser step, >= 1. None: ``per_device_train_batch_size``.
+        safety_batch_size: Safety rows per optimiser step, >= 1; with `safe_sched.Lisa`, per safe step. None:
+            ``per_device_train_batch_size``.
         safety_weight: Factor of the safety loss, >= 0. At 0 the rows are not trained on: the scheduler only asks them.
         normalizer: What the weighted loss is a mean over: ``"token"``, the trainer's own; or ``"row"``, the mean over
             rows of each row's mean. See `safe_sched.session.Session`.
         model_temperature: Temperature of Langevin noise on the model's own parameters, >= 0; 1 makes the run an SGLD
             sample of the posterior over the model as well (see `safe_sched_hf.noise`), 0 leaves the optimiser alone.
-        seed: Of the order of the safety rows and of that noise. None: the trainer's seed.
+        act: What a weight does to a row. ``"weight"``: it multiplies what the row teaches. ``"sample"``: it is the
+            probability that the row is trained on at all; rows left out cost nothing, and the expected gradient is the
+            same (see `safe_sched.sampling`).
+        seed: Of the order of the safety rows, of that noise and of what is sampled. None: the trainer's seed.
 
     Raises:
         OptionError: An option is unknown or out of range.
@@ -80,6 +95,7 @@ class SafeSchedCallback(TrainerCallback):
         safety_weight: float = 1.0,
         normalizer: Normalizer = "token",
         model_temperature: float = 0.0,
+        act: Act = "weight",
         seed: int | None = None,
         **unknown: Any,
     ) -> None:
@@ -102,6 +118,9 @@ class SafeSchedCallback(TrainerCallback):
             )
         if not safety_weight and self._evidence() & {"covariance"}:
             raise OptionError('evidence="covariance" needs a safety loss in every step: give safety_weight > 0')
+        check_options(self.scheduler, safety_data, safety_weight, model_temperature)
+        require_act(act, self.scheduler)
+        self.act: Act = act
         self.safety_data = safety_data
         self.safety_batch_size = safety_batch_size
         self.safety_weight = safety_weight
@@ -111,6 +130,7 @@ class SafeSchedCallback(TrainerCallback):
         self._session: Session | None = None
         self._safety: SafetySet | None = None
         self._attachment: Attachment | None = None
+        self._alternation: Alternation | None = None
 
     def _evidence(self) -> set[str]:
         """What its scheduler, or the parts of it, learn from."""
@@ -134,6 +154,11 @@ class SafeSchedCallback(TrainerCallback):
         """
         return self.session.table()
 
+    @property
+    def alternation(self) -> dict[str, int] | None:
+        """With `Lisa`: ``safe_steps`` and ``safety_rows_trained_on`` so far, repeats counted. Otherwise None."""
+        return None if self._alternation is None else self._alternation.summary()
+
     def scorer(self) -> Scorer:
         """What a `safe_sched.NeuralBDS` has learned, for rows that it has never seen.
 
@@ -154,6 +179,8 @@ class SafeSchedCallback(TrainerCallback):
         """Refuse what can never be defended, while the script is still setting up."""
         trainer, _ = calling_trainer(self)
         refuse_unsupported(trainer, self)
+        if isinstance(self.scheduler, Lisa):
+            refuse_optimizer(trainer)
         dataset = trainer.train_dataset
         if hasattr(dataset, "__len__") and len(dataset) == 0:  # pyright: ignore[reportArgumentType]
             raise DataError("the training set has no rows; give the trainer at least one row to train on")
@@ -170,13 +197,23 @@ class SafeSchedCallback(TrainerCallback):
         index = index_rows(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
         tokenizer, sample = kwargs.get("processing_class"), first_rows(loader.dataset)
         self._safety = self._read_safety(self.safety_data, args, tokenizer, sample)
-        settings: dict[str, Any] = {"safety": self._safety_settings()}
+        settings: dict[str, Any] = {"safety": self._safety_settings(), "act": self.act}
         if self.model_temperature:
             settings["model_temperature"] = self.model_temperature
         self._session = Session(self.scheduler, index, self.normalizer, settings)
+        self._alternation = None
+        if isinstance(self.scheduler, Lisa):
+            self._alternation = Alternation(trainer, self._session, self._safety, self.safety_weight)
+        sampling = None
+        if self.act == "sample":
+            seed = args.seed if self.seed is None else self.seed
+            self._session.settings["sample_seed"] = seed
+            sampling = Sampling(trainer, self._session, loader, seed)
         if state.global_step > 0:
             folder = resumed_from or f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             self._session.load(Path(folder) / STATE_FILE, steps=state.global_step)
+            if self._alternation is not None:
+                self._alternation.resumed()
         evidence, probe, refusals = self._evidence(), None, None
         if "probe" in evidence and self._safety is not None:
             probe = Probe(trainer, self._safety)
@@ -185,7 +222,7 @@ class SafeSchedCallback(TrainerCallback):
             assert asked is not None
             refusals = Refusals(trainer, self._session, asked)
             refusals.first_pass(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
-        self._attachment = Attachment(trainer, self._session, probe, refusals)
+        self._attachment = Attachment(trainer, self._session, probe, refusals, sampling)
         self._attachment.attach()
 
     def _read_safety(
@@ -213,6 +250,13 @@ class SafeSchedCallback(TrainerCallback):
             "seed": safety.seed,
         }
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say which epoch is sampled."""
+        if self._attachment is not None and self._attachment.sampling is not None:
+            self._attachment.sampling.begin_epoch()
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -221,6 +265,9 @@ class SafeSchedCallback(TrainerCallback):
         if attachment is None:
             return
         attachment.aim()
+        if self._alternation is not None:
+            self._alternation.before_step()
+            return
         if self._safety is None or not self.safety_weight:
             return
         trainer = attachment.trainer
@@ -243,6 +290,8 @@ class SafeSchedCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Shake the parameters, where that was asked for."""
+        if self._alternation is not None and self._attachment is not None:
+            self._alternation.after_optimizer()
         if self.model_temperature and self._attachment is not None:
             seed = args.seed if self.seed is None else self.seed
             add_noise(
@@ -250,12 +299,22 @@ class SafeSchedCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let the scheduler learn from the step."""
+        """Let the scheduler learn from the step; then a safe phase, where Lisa has one due."""
         attachment = self._attachment
         assert attachment is not None
         attachment.note(self.session.end_step())
+        if self._alternation is not None:
+            last = control.should_training_stop or state.global_step >= state.max_steps
+            attachment.note(self._alternation.after_step(last=last, log=control.should_log))
         if control.should_log:
             attachment.note({"safe_sched/ess": self.session.effective_sample_size()})
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where something has stopped training early: the safe phase of Lisa that is owed."""
+        if self._alternation is not None and self._attachment is not None and control.should_training_stop:
+            self._attachment.note(self._alternation.after_step(last=True, log=False))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the scheduler's state beside the checkpoint."""
@@ -272,6 +331,8 @@ class SafeSchedCallback(TrainerCallback):
         if self._attachment is None:
             return
         trainer = self._attachment.trainer
+        if self._alternation is not None and not args.load_best_model_at_end:
+            self._alternation.after_step(last=True, log=False)  # stopped by what the last evaluation said
         self._attachment.detach()
         self._attachment = None
         if state.is_world_process_zero and self.session.steps:
@@ -300,6 +361,7 @@ class SafeSchedCallback(TrainerCallback):
                 "rows_trained_on": session.rows_trained,
                 "rows_weighed": session.rows_trained,
             },
+            **({} if self.alternation is None else {"alternation": self.alternation}),
             "versions": {"safe-sched": safe_sched.__version__}
             | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")},
         }

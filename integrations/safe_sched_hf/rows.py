@@ -57,7 +57,7 @@ def index_rows(dataset: Any, collate: Callable[[list[Any]], Any], *, progress: b
             f"them (rows {empty[:5].tolist()}{more}). Their answers are empty, masked or cut off "
             "by max_length: remove these rows or raise max_length."
         )
-    return RowIndex(keys[counts > 0])
+    return RowIndex(keys[counts > 0], counts[counts > 0])
 
 
 def first_rows(dataset: Any, count: int = 4) -> list[list[int]]:
@@ -82,7 +82,7 @@ def _from_columns(
     tried = sorted({int(i) for i in np.linspace(0, len(dataset) - 1, _TRIED)})
     read: Callable[[Any], pa.Table] = lambda at: table[at]  # noqa: E731
     expected = _keys_of_collated(collate([dataset[i] for i in tried]))
-    found = _keys_of_table(read(tried))
+    found = keys_of_table(read(tried))
     if not torch.equal(expected[0], found[0]):
         return None
     bar = tqdm(total=len(dataset), desc="identifying rows", unit="row", disable=not progress, leave=False)
@@ -90,12 +90,14 @@ def _from_columns(
     parts = []
     with bar:
         for start in range(0, len(dataset), at_once):
-            parts.append(_keys_of_table(read(slice(start, start + at_once))))
+            parts.append(keys_of_table(read(slice(start, start + at_once))))
             bar.update(min(at_once, len(dataset) - start))
     return torch.cat([k for k, _ in parts]), torch.cat([n for _, n in parts]), "seq_lengths" in columns
 
 
-def _keys_of_table(table: pa.Table) -> tuple[Tensor, Tensor]:
+def keys_of_table(table: pa.Table) -> tuple[Tensor, Tensor]:
+    """Keys and label tokens of the rows in a table of tokens, those of packed lines one after another."""
+
     def column(name: str) -> tuple[Tensor, Tensor]:
         lists = table.column(name).combine_chunks()
         flat = pc.call_function("list_flatten", [lists]).to_numpy(zero_copy_only=False).astype(np.int64, copy=False)

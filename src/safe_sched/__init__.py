@@ -5,7 +5,7 @@ binds the weight in the backward pass. `safe_sched_hf` plugs it into HF Trainer 
 """
 
 from safe_sched.errors import SafeSchedError
-from safe_sched.schedulers import BDS, Antibody, Fixed, NeuralBDS, combine
+from safe_sched.schedulers import BDS, Antibody, Fixed, Lisa, NeuralBDS, combine
 
-__all__ = ["BDS", "Antibody", "Fixed", "NeuralBDS", "SafeSchedError", "__version__", "combine"]
+__all__ = ["BDS", "Antibody", "Fixed", "Lisa", "NeuralBDS", "SafeSchedError", "__version__", "combine"]
 __version__ = "0.1.0.dev0"

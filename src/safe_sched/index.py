@@ -1,7 +1,8 @@
 """The rows of a training set by key: which slot a key has, how often it occurs, what the set's fingerprint is.
 
 Slots are the distinct keys in ascending order, so they do not depend on the order of the rows: a shuffled copy
-of a data set has the same slots, and a saved state fits it. Memory: 8 bytes per distinct key and 4 per row.
+of a data set has the same slots, and a saved state fits it. Memory: 8 bytes per distinct key (12 with its label
+tokens) and 4 per row.
 
 A streamed set has no rows to count beforehand: its index grows, slots are numbered in the order of arrival, and
 the keys are saved with the state.
@@ -22,6 +23,8 @@ class RowIndex:
     Args:
         keys: int64 (rows,), the key of every row of the training set, in the order of the set; or None for a
             stream, whose rows are added as they arrive.
+        label_tokens: int64 (rows,), label tokens of every row, where they are to be remembered: as the attribute
+            ``label_tokens``, int32 (slots,).
 
     Raises:
         DataError: ``keys`` is empty.
@@ -33,9 +36,10 @@ class RowIndex:
         (2, [1, -1])
     """
 
-    def __init__(self, keys: Tensor | None) -> None:
+    def __init__(self, keys: Tensor | None, label_tokens: Tensor | None = None) -> None:
         self.streaming = keys is None
         self.row_slots: Tensor | None = None
+        self.label_tokens: Tensor | None = None
         self._slot_of: dict[int, int] = {}
         if keys is None:
             return
@@ -43,6 +47,9 @@ class RowIndex:
             raise DataError("the training set has no rows; give the trainer at least one row to train on")
         self._keys, inverse = torch.unique(keys, sorted=True, return_inverse=True)
         self.row_slots = inverse.to(torch.int32)
+        if label_tokens is not None:
+            self.label_tokens = torch.empty(self.slots, dtype=torch.int32)
+            self.label_tokens[inverse] = label_tokens.to(torch.int32)
 
     @property
     def slots(self) -> int:

@@ -22,6 +22,7 @@ from safe_sched.errors import CoverageError, NumericsError, OptionError, StateEr
 from safe_sched.identity import Layout, keys_of
 from safe_sched.index import RowIndex
 from safe_sched.losses import label_counts
+from safe_sched.sampling import Draws
 from safe_sched.state import load_state, require_same, save_state
 from safe_sched.types import Columns, Observation, Scheduler, State, evidential, experts_of
 
@@ -48,6 +49,7 @@ class Batch:
         observed: What the scheduler was told of the rows that teach, once it was asked for their weights.
         weights: float32 (rows that teach,), its answer.
         gated: Whether a backward came through the gate.
+        scale: float32 (rows,), what the weights are multiplied by where rows are sampled (`safe_sched.sampling`).
     """
 
     input_ids: Tensor
@@ -59,6 +61,7 @@ class Batch:
     observed: Observation | None = None
     weights: Tensor | None = None
     gated: bool = False
+    scale: Tensor | None = None
 
 
 class Session:
@@ -109,6 +112,7 @@ class Session:
         self._step_rows: tuple[Tensor, Tensor] | None = None
         self._learned: dict[str, float] = {}
         self.safety_loss: float | None = None
+        self.draws: Draws | None = None
 
     # one step ---------------------------------------------------------------------------------------------------
 
@@ -217,6 +221,8 @@ class Session:
             if mean_tokens is None:
                 raise OptionError('normalizer="row" needs mean_tokens: the label tokens per row of the optimiser step')
             factors = weights * (mean_tokens / batch.label_tokens[teaches])
+        if batch.scale is not None:
+            factors = factors * batch.scale[teaches]
         batch.factors[teaches.to(batch.factors.device)] = factors.to(batch.factors)
         batch.observed, batch.weights = seen, weights
         return batch.factors
@@ -310,6 +316,20 @@ class Session:
 
     # results ----------------------------------------------------------------------------------------------------
 
+    def chances_of(self, slots: Tensor) -> Tensor:
+        """How likely some slots should come by where rows are sampled: int64 (n,) -> float32 (n,), above 1 for surely.
+
+        Their weights; but a row that was judged in a time of noise, or that a model has yet to be asked about, comes by
+        whatever its weight is.
+        """
+        chances = self.scheduler.slot_weights(self.state, slots)
+        for part, state in evidential(self.scheduler, self.state):
+            again = part.doubtful(state, slots)
+            if part.evidence == "refusal":  # twice at most; what is measured is measured again as it comes by
+                again = again | part.due(state, slots)
+            chances = torch.where(again, chances.clamp(min=1), chances)
+        return chances
+
     def row_weights(self) -> Tensor:
         """The weight of every row of the training set now: float32 (rows,), in the order of the set."""
         weights = self.scheduler.slot_weights(self.state)
@@ -361,6 +381,8 @@ class Session:
         tensors["seen"] = self.seen
         if self.index.streaming:
             tensors["keys"] = self.index.keys
+        if self.draws is not None:
+            tensors |= {f"draws.{name}": value for name, value in self.draws.tensors().items()}
         save_state(
             path,
             tensors,
@@ -378,6 +400,7 @@ class Session:
             StateError: It is missing, damaged, or was saved by another run.
         """
         tensors, header = load_state(path)
+        drawn = {name: tensors.pop(name) for name in list(tensors) if name.startswith("draws.")}
         require_same(path, header, self._binding() | ({} if steps is None else {"steps": steps}))
         fresh = {f"state.{name}": value for name, value in self.state.tensors().items()} | {"seen": self.seen}
         if self.index.streaming:
@@ -391,6 +414,8 @@ class Session:
                 f"{path} does not hold what this scheduler saves: {', '.join(sorted(wrong))} missing, unknown or of "
                 "another size. Resume from another checkpoint."
             )
+        if self.draws is not None:
+            self.draws.restore({name.removeprefix("draws."): value for name, value in drawn.items()})
         if self.index.streaming:
             self.index.add(tensors["keys"])
         prefix = "state."

@@ -136,8 +136,8 @@ class Scheduler(Protocol[S]):
         """Learn from one optimiser step, in place; returns numbers to log."""
         ...
 
-    def slot_weights(self, state: S) -> Tensor:
-        """The weight of every slot now: float32 (slots,)."""
+    def slot_weights(self, state: S, slots: Any = slice(None)) -> Tensor:
+        """The weight of every slot now, or of some, by number: float32 (slots,)."""
         ...
 
 

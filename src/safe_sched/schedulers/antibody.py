@@ -373,16 +373,16 @@ class Antibody:
         logits = self._logits(state, where).double()
         return torch.where(torch.isnan(logits), 1.0, torch.sigmoid(logits / self.tau) / most).float()
 
-    def slot_weights(self, state: AntibodyState) -> Tensor:
+    def slot_weights(self, state: AntibodyState, slots: Any = slice(None)) -> Tensor:
         """See `safe_sched.types.Scheduler.slot_weights`; with softmax as if all rows compared so far were the pool."""
-        known = ~torch.isnan(state.ratio)
         if self.gate == "sigmoid":
-            return self._known_or_one(state, slice(None))
+            return self._known_or_one(state, slots)
+        known = ~torch.isnan(state.ratio)
         if not bool(known.any()):
-            return torch.ones(state.ratio.numel())
+            return torch.ones(state.ratio.numel())[slots]
         x = state.ratio.double() / self.tau
         relative = torch.exp(x - x[known].max())
-        return torch.where(known, relative / relative[known].mean(), 1.0).float()
+        return torch.where(known, relative / relative[known].mean(), 1.0).float()[slots]
 
     def update(self, state: AntibodyState, step: Observation) -> dict[str, float]:
         """See `safe_sched.types.Scheduler.update`: there is nothing to learn from losses."""

@@ -314,9 +314,9 @@ class BDS:
             return self._released.weights(state, batch)
         return self._weights(state, batch.slots)
 
-    def slot_weights(self, state: Any) -> Tensor:
+    def slot_weights(self, state: Any, slots: Any = slice(None)) -> Tensor:
         """See `safe_sched.types.Scheduler.slot_weights`."""
-        return self._released.slot_weights(state) if self._released is not None else self._weights(state, slice(None))
+        return self._released.slot_weights(state, slots) if self._released else self._weights(state, slots)
 
     def _weights(self, state: BDSState, where: Any) -> Tensor:
         if self._transform == "softmax":

@@ -8,13 +8,14 @@ from safe_sched.errors import unknown_name
 from safe_sched.schedulers.antibody import Antibody
 from safe_sched.schedulers.bds import BDS
 from safe_sched.schedulers.fixed import Fixed
+from safe_sched.schedulers.lisa import Lisa
 from safe_sched.schedulers.neural import NeuralBDS
 from safe_sched.types import Scheduler
 
-CATALOG: dict[str, type] = {cls.name: cls for cls in (BDS, NeuralBDS, Antibody, Fixed)}
+CATALOG: dict[str, type] = {cls.name: cls for cls in (BDS, NeuralBDS, Antibody, Lisa, Fixed)}
 
 
-def build(scheduler: Scheduler[Any] | str, **options: Any) -> Scheduler[Any]:
+def build(scheduler: Scheduler[Any] | str, /, **options: Any) -> Scheduler[Any]:
     """A scheduler from its name and options; a scheduler that is built already is given back.
 
     A name that is not built in is looked for among the installed plugins (`safe_sched.hooks`).

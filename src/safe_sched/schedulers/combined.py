@@ -118,9 +118,9 @@ class Combined:
             part.weights(own, batch)  # an expert that was not asked about a row says so
         return self._weights(self._total(state, batch.slots))
 
-    def slot_weights(self, state: Any) -> Tensor:
+    def slot_weights(self, state: Any, slots: Any = slice(None)) -> Tensor:
         """See `safe_sched.types.Scheduler.slot_weights`."""
-        return self._weights(self._total(state, slice(None)))
+        return self._weights(self._total(state, slots))
 
     def update(self, state: Any, step: Observation) -> dict[str, float]:
         """See `safe_sched.types.Scheduler.update`."""

@@ -152,6 +152,6 @@ class Fixed:
         """Nothing to learn."""
         return {}
 
-    def slot_weights(self, state: FixedState) -> Tensor:
+    def slot_weights(self, state: FixedState, slots: Any = slice(None)) -> Tensor:
         """See `safe_sched.types.Scheduler.slot_weights`."""
-        return state.weight
+        return state.weight[slots]

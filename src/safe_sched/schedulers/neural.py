@@ -319,9 +319,9 @@ class NeuralBDS:
             return self._weights(state, batch.slots, state.logit[batch.slots], state.spread[batch.slots])
         return self._weights(state, batch.slots, *self._read(state, batch.features))
 
-    def slot_weights(self, state: NeuralState) -> Tensor:
+    def slot_weights(self, state: NeuralState, slots: Any = slice(None)) -> Tensor:
         """See `safe_sched.types.Scheduler.slot_weights`: with the head's opinion from when it last saw the row."""
-        return self._weights(state, slice(None), state.logit, state.spread)
+        return self._weights(state, slots, state.logit[slots], state.spread[slots])
 
     def _weights(self, state: NeuralState, where: Any, logit: Tensor, spread: Tensor) -> Tensor:
         benign = expected_sigmoid(logit.double() - state.log_odds[where], spread)

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -143,9 +143,9 @@ class Released:
         """See `safe_sched.types.Scheduler.weights`."""
         return self._transform(state, state.logits[batch.slots])
 
-    def slot_weights(self, state: ReleasedState) -> Tensor:
+    def slot_weights(self, state: ReleasedState, slots: Any = slice(None)) -> Tensor:
         """See `safe_sched.types.Scheduler.slot_weights`."""
-        return self._transform(state, state.logits)
+        return self._transform(state, state.logits[slots])
 
     def _transform(self, state: ReleasedState, logits: Tensor) -> Tensor:
         if self.transform == "softmax":
