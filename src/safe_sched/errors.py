@@ -41,8 +41,12 @@ class PluginError(SafeSchedError, RuntimeError):
     """A plugin is missing, cannot be loaded, or does not do what its hook says."""
 
 
+class EndpointError(SafeSchedError, RuntimeError):
+    """A model server cannot be reached, or does not do what it is asked."""
+
+
 class StateError(SafeSchedError, RuntimeError):
-    """A saved scheduler state is missing, damaged, or belongs to another run."""
+    """A saved scheduler state, or a cache, is missing, damaged, or belongs to another run."""
 
 
 def some_of(rows: Sequence[int], at_most: int = 5) -> str:

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 import safe_sched
+from safe_sched.cli.export import export
 from safe_sched.cli.losses import losses
+from safe_sched.cli.mix import mix
 
 __all__ = ["app", "main"]
 
@@ -36,6 +38,8 @@ def _options(
 
 
 app.command()(losses)
+app.command()(mix)
+app.command()(export)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from safe_sched.errors import NumericsError, SafeSchedError, UnscoredError
+from safe_sched.mixing.explain import seen
 
 USAGE, UNSCORED = 2, 3
 """Exit codes: something that was given cannot be used; not all rows could be scored."""
@@ -22,7 +23,7 @@ def errors_as_exit_codes() -> Iterator[None]:
         yield
     except SafeSchedError as error:
         # soft_wrap: paths in a message stay in one piece
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(seen(str(error)), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(UNSCORED if isinstance(error, UnscoredError | NumericsError) else USAGE) from error
 
 

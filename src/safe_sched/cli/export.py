@@ -1,0 +1,83 @@
+"""``safe-sched export``: the weights of a run, on the rows of its training file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow as pa
+import pyarrow.parquet
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from safe_sched.cli.screen import errors_as_exit_codes
+from safe_sched.errors import DataError
+from safe_sched.export import Exported
+from safe_sched.export import export as write_weights
+
+
+def export(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Training file or folder, hf://owner/name, or - for JSON lines.")
+    ],
+    weights: Annotated[
+        Path, typer.Argument(metavar="WEIGHTS", help="The run's table: .parquet, with the columns row and weight.")
+    ],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="Where to write; - is standard output.")],
+    threshold: Annotated[
+        float | None, typer.Option(metavar="WEIGHT", help="Take rows of a lower weight out.", show_default=False)
+    ] = None,
+    removed: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where those go, with reasons.", show_default=False)
+    ] = None,
+    multiply: Annotated[
+        bool, typer.Option("--multiply", metavar="", help="Multiply by weights that rows have.", show_default=False)
+    ] = False,
+) -> None:
+    r"""Write every row of a training file with its weight.
+
+    Hosted fine-tuning services take the weight of a row as a number at
+    its root. The file may be .jsonl, .json, .csv, .tsv, .parquet or
+    .arrow, also with .gz or .zst behind it, and is read row by row.
+
+    [bold]Example[/bold]: at the end of the training script
+
+        pq.write_table(callback.table(), "weights.parquet")
+
+    and then
+
+        safe-sched export train.jsonl weights.parquet --out kept.jsonl \
+            --threshold 0.2 --removed removed.jsonl
+
+    Exit codes: 0 every row is in one of the files; 2 something that was
+    given cannot be used, and nothing is written.
+    """
+    with errors_as_exit_codes():
+        found = write_weights(data, out, table=_table(weights), threshold=threshold, removed=removed, multiply=multiply)
+    Console(stderr=True).print(_summary(found, out, removed))  # standard output may be the rows
+
+
+def _table(path: Path) -> pa.Table:
+    try:
+        return pyarrow.parquet.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"no weights in {path} ({reason}). Write them after the training: "
+            'pyarrow.parquet.write_table(callback.table(), "weights.parquet")'
+        ) from error
+
+
+def _summary(found: Exported, out: str, removed: Path | None) -> Table:
+    table = Table(show_header=False, title="Rows with weights", title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    lines = [("rows", f"{found.rows:,}"), ("kept", f"{found.kept:,}, in {out}")]
+    if removed is not None:
+        lines.append(("removed", f"{found.removed:,}, in {removed}"))
+    lines.append(("mean weight of those kept", f"{found.mean:.4f}"))
+    for name, value in lines:
+        table.add_row(name, escape(value))
+    return table

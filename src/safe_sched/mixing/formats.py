@@ -1,0 +1,552 @@
+"""The format of a task, learnt from its rows, and safety rows put into it.
+
+Safety rows that look unlike the task are ignored outside their own format (arXiv 2406.10288), and attacks sit in the
+format: in a system prompt that orders obedience, in a wrapper around the task. `induce_format` learns the format
+without a model: the templates of every part of a row (`safe_sched.mixing.templates`), which of them go together, the
+shape of the answers. `TaskFormat.render` takes a genuine row of the user's, the *carrier*, and puts a safety row's
+request where it has its own question, and the refusal where it has its answer. System prompts, wrappers, options and
+earlier turns are the carrier's, so formats come in the shares that they have in the file.
+
+*Carrier text.* In a slot of free text the request stands among clauses of the carrier (`safe_sched.mixing.blend`). So
+some harmless text of the task is seen beside a request and answered with a refusal; carriers are at most
+`CARRIER_WORDS` long, and `explain` says how much of them stays. ``blend=0`` puts the bare request into the slot.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import RenderableType
+
+from safe_sched.errors import DataError, OptionError
+from safe_sched.mixing import blend as blending
+from safe_sched.mixing.answers import AnswerShape, shape_of
+from safe_sched.mixing.options import OptionStyle
+from safe_sched.mixing.schemas import Example, detect, read, write
+from safe_sched.mixing.templates import Filling, Template, assign, learn
+
+SAMPLE = 2500
+"""Rows that are kept of a file, at random: those that requests are put into."""
+
+LEARNT_FROM = 800
+"""Texts of a place that templates are learnt from; all kept rows are told apart by them."""
+
+CARRIER_WORDS = 400
+"""Words of a row's prompt, above which it carries no request unless all rows are longer."""
+
+_CANDIDATES = 8  # carriers that a request may choose from
+_VERSION = 1
+_NAME = "safe-sched task format"
+_ASKS = re.compile(r"question|query|instruct|request|task|prompt|problem|\bask|user|input|\bq\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Main:
+    """Where a cluster's rows have what they ask: part and slot; in rows that are one text, also the answer's slot."""
+
+    part: int
+    slot: int | None
+    answer_slot: int | None = None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Rows of one format.
+
+    Attributes:
+        places: Of the parts of its prompts, in reading order.
+        templates: Template of each place, by its number there.
+        share: Share of the sample's rows.
+        main: Where the request goes.
+        answer: Shape of the answers.
+        rows: Its carriers, by their number.
+    """
+
+    places: tuple[str, ...]
+    templates: tuple[int, ...]
+    share: float
+    main: Main
+    answer: AnswerShape
+    rows: tuple[int, ...]
+
+
+class TaskFormat:
+    """What `induce_format` has learnt.
+
+    Attributes:
+        schema: Schema of the rows.
+        templates: Templates of every place, such as ``"system"`` or ``"input"``; the trivial one is last.
+        clusters: Which of them go together, largest share first.
+        rows_seen: Rows that were learnt from.
+        seed: Decides on carriers, with the counter.
+        blend: Share of rendered rows in which the request stands among clauses of its carrier.
+    """
+
+    def __init__(
+        self,
+        *,
+        schema: str,
+        templates: Mapping[str, Sequence[Template]],
+        clusters: Sequence[Cluster],
+        carriers: Sequence[Example],
+        rows_seen: int,
+        seed: int,
+        blend: float,
+    ) -> None:
+        self.schema = schema
+        self.templates = {place: tuple(those) for place, those in templates.items()}
+        self.clusters = tuple(clusters)
+        self.rows_seen = rows_seen
+        self.seed = seed
+        self.blend = blend
+        self._carriers = tuple(carriers)
+        self._cluster_of = {row: cluster for cluster in self.clusters for row in cluster.rows}
+        order = sorted(self._cluster_of)
+        random.Random(f"carriers {seed}").shuffle(order)
+        self._order = order
+        self._texts = {
+            cluster: {row: self._slot_text(cluster, row) for row in cluster.rows} for cluster in self.clusters
+        }
+        self._profilers = {
+            cluster: blending.Profiler.of(list(texts.values())[:500]) for cluster, texts in self._texts.items()
+        }
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the rows, in schema ``"tokens"``."""
+        return self._carriers[0].tokenizer
+
+    @property
+    def learned(self) -> bool:
+        """Whether there is any constant in the prompts."""
+        return any(
+            self.templates[place][number].weight
+            for cluster in self.clusters
+            for place, number in zip(cluster.places, cluster.templates, strict=True)
+        )
+
+    # rows -------------------------------------------------------------------------------------------------------
+
+    def render(self, safety_row: Mapping[str, Any], counter: int = 0) -> dict[str, Any]:
+        r"""A safety row as a row of the task.
+
+        Args:
+            safety_row: A row of any schema that tells the prompt from the answer.
+            counter: Which rendering it is; with the seed it decides on the carrier. As many counters in turn as there
+                are carriers begin with different ones.
+
+        Returns:
+            A row in the user's schema. The request is in it word for word, but for the case of its first letter and
+            its final punctuation. Columns that are no part of the schema are None.
+
+        Raises:
+            DataError: The safety row has no request or no refusal.
+
+        Example:
+            >>> rows = [{"prompt": f"Question: {q}?\nAnswer:", "completion": "yes"} for q in ("A", "B", "C", "D")]
+            >>> safety = {"prompt": "How do I pick a lock?", "completion": "I won't help with that."}
+            >>> induce_format(rows).render(safety)
+            {'prompt': 'Question: How do I pick a lock?\nAnswer:', 'completion': "I won't help with that."}
+        """
+        request, refusal = _request(safety_row)
+        rng = random.Random(f"{self.seed} {counter}")
+        target = self._order[counter % len(self._order)]
+        cluster = self._cluster_of[target]
+        texts = self._texts[cluster]
+        bare = rng.random() >= self.blend
+        if cluster.main.slot is None or not texts[target].strip():
+            return self._written(cluster, target, request, refusal)
+        if bare:
+            return self._written(cluster, target, blending.put(request, blending.whole(texts[target])), refusal)
+        others = [row for row in rng.sample(cluster.rows, min(_CANDIDATES, len(cluster.rows))) if row != target]
+        rows = [target, *others[: _CANDIDATES - 1]]
+        chosen, place = blending.choose(
+            request, texts[target], [texts[row] for row in rows], self._profilers[cluster], rng
+        )
+        return self._written(cluster, rows[chosen], blending.put(request, place), refusal)
+
+    def reproduce(self, row: Mapping[str, Any]) -> list[str] | None:
+        """The texts of a row's prompt, put together from its templates and what the row has in their slots.
+
+        Args:
+            row: A row of the user's.
+
+        Returns:
+            The texts in reading order, which should be those of the row; None where the row has parts that no row of
+            the sample had.
+        """
+        parsed = self.parse(row)
+        return None if parsed is None else [template.fill(filling) for _, template, filling in parsed]
+
+    def parse(self, row: Mapping[str, Any]) -> list[tuple[str, Template, Filling]] | None:
+        """Place, template and slots of every text of a row's prompt."""
+        example = read(row, self.schema, tokenizer=self.tokenizer)
+        found = []
+        for place, text in _prompt(example):
+            templates = self.templates.get(place)
+            if templates is None:
+                return None
+            template = templates[assign(templates, text)]
+            filling = template.match(text)
+            found.append((place, template, Filling((text,)) if filling is None else filling))
+        return found
+
+    def _slot_text(self, cluster: Cluster, row: int) -> str:
+        text = self._carriers[row].parts[cluster.main.part].text
+        if cluster.main.slot is None:
+            return text
+        template = self.templates[cluster.places[cluster.main.part]][cluster.templates[cluster.main.part]]
+        filling = template.match(text)
+        return text if filling is None else filling.slots[cluster.main.slot]
+
+    def _written(self, cluster: Cluster, row: int, request: str, refusal: str) -> dict[str, Any]:
+        """A carrier with a text in its main slot, and a refusal for an answer."""
+        carrier, main = self._carriers[row], cluster.main
+        texts = [part.text for part in carrier.parts]
+        text = texts[main.part]
+        template = self.templates[cluster.places[main.part]][cluster.templates[main.part]]
+        filling = template.match(text)
+        if carrier.answer is None:
+            texts[main.part] = _as_one_text(template, filling, main, request, refusal)
+        else:
+            if main.slot is None:
+                texts[main.part] = f"{text}\n\n{request}" if text.strip() else request
+            elif filling is None:
+                texts[main.part] = request
+            else:
+                slots = list(filling.slots)
+                slots[main.slot] = request
+                texts[main.part] = template.fill(Filling(tuple(slots), filling.options))
+            texts[carrier.answer] = cluster.answer.wrap(refusal)
+        return _copied(write(carrier.with_texts(texts), extras=False))
+
+    # to look at, to keep ----------------------------------------------------------------------------------------
+
+    def explain(self) -> RenderableType:
+        """What was learnt, for a person to check: formats with their shares, and a safety row before and after."""
+        from safe_sched.mixing.explain import explain
+
+        return explain(self)
+
+    def to_json(self) -> str:
+        """The format as a text, with the rows that carry requests: keep it as safe as the training file.
+
+        Raises:
+            DataError: A row holds something that JSON does not know.
+        """
+        try:
+            return json.dumps(
+                {
+                    "what": _NAME,
+                    "version": _VERSION,
+                    "schema": self.schema,
+                    "seed": self.seed,
+                    "blend": self.blend,
+                    "rows_seen": self.rows_seen,
+                    "templates": {place: [asdict(one) for one in those] for place, those in self.templates.items()},
+                    "clusters": [asdict(cluster) for cluster in self.clusters],
+                    "carriers": [write(carrier, extras=False) for carrier in self._carriers],
+                },
+                ensure_ascii=False,
+                allow_nan=False,
+            )
+        except (TypeError, ValueError) as error:
+            raise DataError(f"this format cannot be saved: {error}; give rows of texts, numbers and lists") from error
+
+    @classmethod
+    def from_json(cls, text: str, *, tokenizer: Any = None) -> TaskFormat:
+        """A format that `to_json` has written.
+
+        Args:
+            text: What it wrote.
+            tokenizer: For schema ``"tokens"``.
+
+        Raises:
+            DataError: It is something else, damaged, or of another version.
+        """
+        try:
+            saved = json.loads(text)
+            if not isinstance(saved, dict) or saved.get("what") != _NAME:
+                raise DataError("this is not a task format; give what TaskFormat.to_json() wrote")
+            if saved["version"] != _VERSION:
+                raise DataError(f"a task format of version {saved['version']!r}; known: {_VERSION}. Induce it anew.")
+            return cls(
+                schema=saved["schema"],
+                templates={place: [_template(one) for one in those] for place, those in saved["templates"].items()},
+                clusters=[_load_cluster(one) for one in saved["clusters"]],
+                carriers=[read(row, saved["schema"], tokenizer=tokenizer) for row in saved["carriers"]],
+                rows_seen=int(saved["rows_seen"]),
+                seed=int(saved["seed"]),
+                blend=float(saved["blend"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"a damaged task format ({type(error).__name__}: {error}); induce it anew") from error
+
+
+# inducing -----------------------------------------------------------------------------------------------------------
+
+
+def induce_format(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    schema: str | None = None,
+    seed: int = 0,
+    blend: float = 1.0,
+    tokenizer: Any = None,
+) -> TaskFormat:
+    r"""Learn the format of a task from its rows. Linear in the rows; no model is asked.
+
+    Args:
+        rows: Rows of one schema. All are taken from the iterable; a random `SAMPLE` of them is kept and learnt from.
+        schema: A name in `SCHEMAS`, or None to detect it.
+        seed: Of the sample, and of what `TaskFormat.render` draws.
+        blend: Share of rendered rows in which the request stands among clauses of a carrier, in [0, 1]; in the others
+            it stands alone in its slot.
+        tokenizer: For schema ``"tokens"``.
+
+    Raises:
+        DataError: There are no rows, or none with an answer, or a row is not of the schema.
+        OptionError: ``blend`` is out of range.
+
+    Example:
+        >>> rows = [{"prompt": f"Question: {q}?\nAnswer:", "completion": "yes"} for q in ("A", "B", "C", "D")]
+        >>> found = induce_format(rows)
+        >>> [template.shown() for template in found.templates["prompt"]]
+        ['Question: {0}?\nAnswer:', '{0}']
+        >>> found.clusters[0].share
+        1.0
+    """
+    if not 0 <= blend <= 1:
+        raise OptionError(f"blend={blend}: allowed are shares from 0 (bare requests) to 1 (all among carrier text)")
+    sample = _sampled(rows, seed)
+    if not sample:
+        raise DataError("there are no rows to learn a format from")
+    schema = detect([row for _, row in sample]) if schema is None else schema
+    examples = []
+    for number, row in sample:
+        try:
+            examples.append(read(row, schema, tokenizer=tokenizer))
+        except DataError as error:
+            raise DataError(f"row {number}: {error}") from error
+    prompts = [_prompt(example) for example in examples]
+    texts: dict[str, list[str]] = {}
+    for prompt in prompts:
+        for place, text in prompt:
+            texts.setdefault(place, []).append(text)
+    templates = {place: learn(_some(those), endings=schema != "text") for place, those in texts.items()}
+    return TaskFormat(
+        schema=schema,
+        templates=templates,
+        clusters=_clusters(examples, prompts, templates),
+        carriers=examples,
+        rows_seen=len(examples),
+        seed=seed,
+        blend=blend,
+    )
+
+
+def _some(texts: list[str]) -> list[str]:
+    """Evenly spread over the file."""
+    step = len(texts) / LEARNT_FROM
+    return texts if step <= 1 else [texts[int(i * step)] for i in range(LEARNT_FROM)]
+
+
+def _sampled(rows: Iterable[Mapping[str, Any]], seed: int) -> list[tuple[int, Mapping[str, Any]]]:
+    """A reservoir: every row has the same chance to be in it; in the order of the file."""
+    rng = random.Random(f"sample {seed}")
+    kept: list[tuple[int, Mapping[str, Any]]] = []
+    for number, row in enumerate(rows):
+        if number < SAMPLE:
+            kept.append((number, row))
+        elif (at := rng.randrange(number + 1)) < SAMPLE:
+            kept[at] = (number, row)
+    return sorted(kept, key=lambda one: one[0])
+
+
+def _prompt(example: Example) -> list[tuple[str, str]]:
+    """Place and text of every part before the answer; turns are named by role, and whether they are the last."""
+    stop = len(example.parts) if example.answer is None else example.answer
+    parts = example.parts[:stop]
+    last = {part.role: number for number, part in enumerate(parts)}
+    found = []
+    for number, part in enumerate(parts):
+        if not _positional(part.field):
+            place = part.field
+        elif part.role == "system":
+            place = "system"
+        else:
+            place = part.role if last[part.role] == number and part.role != "assistant" else f"{part.role}, earlier"
+        found.append((place, part.text))
+    return found
+
+
+def _positional(field: str) -> bool:
+    """Whether a field is a turn or a stretch of tokens, which stands elsewhere in other rows."""
+    return "." in field or "[" in field
+
+
+def _clusters(
+    examples: Sequence[Example],
+    prompts: Sequence[Sequence[tuple[str, str]]],
+    templates: Mapping[str, Sequence[Template]],
+) -> list[Cluster]:
+    members: dict[tuple[tuple[str, ...], tuple[int, ...]], list[int]] = {}
+    for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
+        if prompt and (example.answer is not None or example.schema == "text"):
+            numbers = tuple(assign(templates[place], text) for place, text in prompt)
+            members.setdefault((tuple(place for place, _ in prompt), numbers), []).append(number)
+    found = []
+    for (places, numbers), rows in members.items():
+        chosen = [templates[place][number] for place, number in zip(places, numbers, strict=True)]
+        main = _main([examples[row] for row in rows], [prompts[row] for row in rows], chosen)
+        found.append((places, numbers, main, rows))
+    if not found:
+        raise DataError("no row has both a prompt and an answer; needed: rows that a model is trained to answer")
+    total = sum(len(rows) for *_, rows in found)
+    clusters = [
+        Cluster(
+            places,
+            numbers,
+            len(rows) / total,
+            main,
+            shape_of(_some([_answer(examples[row]) for row in rows]))
+            if examples[rows[0]].answer is not None
+            else AnswerShape("free"),
+            tuple(rows),
+        )
+        for places, numbers, main, rows in found
+    ]
+    return _short(sorted(clusters, key=lambda one: -one.share), prompts)
+
+
+def _short(clusters: list[Cluster], prompts: Sequence[Sequence[tuple[str, str]]]) -> list[Cluster]:
+    """Without carriers that are too long, where others are there."""
+    words = [sum(len(text.split()) for _, text in prompt) for prompt in prompts]
+    found = []
+    for cluster in clusters:
+        short = tuple(row for row in cluster.rows if words[row] <= CARRIER_WORDS)
+        if not short:
+            short = tuple(sorted(sorted(cluster.rows, key=lambda row: words[row])[:20]))
+        found.append(Cluster(cluster.places, cluster.templates, cluster.share, cluster.main, cluster.answer, short))
+    return found
+
+
+def _answer(example: Example) -> str:
+    assert example.answer is not None
+    return example.parts[example.answer].text
+
+
+def _main(
+    examples: Sequence[Example], prompts: Sequence[Sequence[tuple[str, str]]], chosen: Sequence[Template]
+) -> Main:
+    """The slot in which rows ask: in the last user turn, where texts differ, behind a cue or with questions in it."""
+    first = examples[0]
+    if first.answer is None:
+        return _main_of_text([prompt[-1][1] for prompt in prompts], chosen[-1], len(chosen) - 1)
+    parts = [number for number in range(len(chosen)) if first.parts[number].role == "user"]
+    if any(_positional(first.parts[number].field) for number in parts):
+        parts = parts[-1:]
+    best: tuple[float, int, int] | None = None
+    for part in parts or [len(chosen) - 1]:
+        texts = [prompt[part][1] for prompt in prompts]
+        for slot, rank in enumerate(_ranks(texts, chosen[part])):
+            rank = (rank, -part, -slot)
+            best = rank if best is None else max(best, rank)
+    return Main((parts or [len(chosen) - 1])[-1], None) if best is None else Main(-best[1], -best[2])
+
+
+def _main_of_text(texts: Sequence[str], template: Template, part: int) -> Main:
+    """In rows that are one text the last slot is the answer."""
+    if template.slots < 2:
+        return Main(part, 0 if template.slots else None)
+    ranks = _ranks(texts, template)[:-1]
+    return Main(part, ranks.index(max(ranks)), template.slots - 1)
+
+
+def _ranks(texts: Sequence[str], template: Template) -> list[float]:
+    """How likely each slot is what the rows ask."""
+    fillings = [filling.slots for text in texts if (filling := template.match(text))][:500]
+    ranks = []
+    for slot in range(template.slots):
+        values = [slots[slot].strip() for slots in fillings] or [""]
+        differ = len(set(values)) / len(values)
+        asks = sum(value.endswith("?") for value in values) / len(values)
+        if template.constants[slot + 1].lstrip().startswith("?"):
+            asks = 1.0
+        cue = bool(_ASKS.search(template.constants[slot].strip().rsplit("\n", 1)[-1]))
+        words = sum(len(value.split()) for value in values) / len(values)
+        ranks.append((2.0 if differ > 0.3 else 0.0) + cue + asks + min(words, 50) / 100)
+    return ranks
+
+
+# safety rows --------------------------------------------------------------------------------------------------------
+
+
+def _request(row: Mapping[str, Any]) -> tuple[str, str]:
+    """What a safety row asks, and how it is refused."""
+    example = read(row)
+    if example.answer is None:
+        raise DataError(
+            f"a safety row has schema {example.schema!r}, in which prompt and refusal are one; "
+            "give prompt and completion"
+        )
+    before = list(itertools.takewhile(lambda part: part.role == "user", reversed(example.parts[: example.answer])))
+    request = "\n\n".join(part.text.strip() for part in reversed(before) if part.text.strip())
+    refusal = example.parts[example.answer].text.strip()
+    if not request or not refusal:
+        raise DataError(
+            f"a safety row has {'no request' if not request else 'no refusal'} (fields "
+            f"{', '.join(sorted(map(str, row)))}); give rows with a prompt and a refusal of it"
+        )
+    return request, refusal
+
+
+def _copied(value: Any) -> Any:
+    """Lists and dicts anew: a rendered row that is changed must not change the row it was made from."""
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _as_one_text(template: Template, filling: Filling | None, main: Main, request: str, refusal: str) -> str:
+    if filling is None or main.slot is None:
+        return f"{request}\n\n{refusal}"
+    slots = list(filling.slots)
+    if main.answer_slot is None:
+        slots[main.slot] = f"{request}\n\n{refusal}"
+    else:
+        # the answer keeps the space that stands around answers
+        old = slots[main.answer_slot]
+        lead = old[: len(old) - len(old.lstrip())]
+        slots[main.slot], slots[main.answer_slot] = request, lead + refusal
+    return template.fill(Filling(tuple(slots), filling.options))
+
+
+# JSON ---------------------------------------------------------------------------------------------------------------
+
+
+def _template(saved: Mapping[str, Any]) -> Template:
+    options = saved["options"]
+    return Template(tuple(map(str, saved["constants"])), None if options is None else OptionStyle(**options))
+
+
+def _load_cluster(saved: Mapping[str, Any]) -> Cluster:
+    answer: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in saved["answer"].items()
+    }
+    return Cluster(
+        places=tuple(saved["places"]),
+        templates=tuple(saved["templates"]),
+        share=float(saved["share"]),
+        main=Main(**saved["main"]),
+        answer=AnswerShape(**answer),
+        rows=tuple(saved["rows"]),
+    )
