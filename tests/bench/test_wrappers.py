@@ -23,9 +23,7 @@ def test_mimicking_rows_wear_the_wrapper_and_plain_ones_do_not(name: str) -> Non
     user = wrappers.wrapped(tasks.poisoned_rows(120, 0.0, seed=0), format)
 
     def wrapped(row: Any) -> bool:
-        system, prompt = (
-            next((m["content"] for m in row["messages"] if m["role"] == r), "") for r in ("system", "user")
-        )
+        texts = {turn["role"]: turn["content"] for turn in row["messages"]}
         head, _, tail = format.request.partition("{}")
         fits = texts["user"].startswith(head) and texts["user"].endswith(tail)
         return fits and texts.get("system", "") == format.system
