@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from safe_sched.generation import LocalModel, TextGenerator
-from safe_sched.hooks import RowLosses, RowLossesRequest, hookimpl
+from safe_sched.hooks import AuditRequest, RowLosses, RowLossesRequest, hookimpl
+
+if TYPE_CHECKING:
+    from safe_sched.audit.signals import Detector
 
 
 @hookimpl
@@ -49,3 +52,13 @@ def safe_sched_open_source(source: str) -> Iterable[Mapping[str, Any]] | None:
     from safe_sched_hf.sources import open_hub
 
     return open_hub(source)
+
+
+@hookimpl
+def safe_sched_detectors(request: AuditRequest) -> Sequence[Detector]:
+    """See `safe_sched.hooks.safe_sched_detectors`; nothing without a model, or where TRL is not installed."""
+    if request.model is None or importlib.util.find_spec("trl") is None:
+        return []
+    from safe_sched_hf.audit import model_detectors
+
+    return model_detectors(request)

@@ -26,7 +26,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import pluggy
 import torch
@@ -34,6 +34,9 @@ from torch import Tensor
 
 from safe_sched.errors import OptionError, PluginError, UnscoredError, some_of
 from safe_sched.generation import Device, Dtype, LocalModel, TextGenerator
+
+if TYPE_CHECKING:
+    from safe_sched.audit.signals import Detector
 
 PROJECT = "safe_sched"
 """The name of the entry point group."""
@@ -134,6 +137,44 @@ class RowLosses:
             )
 
 
+@dataclass(frozen=True)
+class AuditRequest:
+    """What `safe_sched_detectors` is asked for.
+
+    Attributes:
+        safety_rows: Prompts that are to be refused, with refusals: the rows of the safety set.
+        model: A folder or a hub name; None: without a model.
+        adapter: A folder with a PEFT adapter of the model, or None.
+        scorer: A file with a saved scorer of NeuralBDS, or None.
+        max_length: Tokens that a row is cut to, >= 2.
+        device: ``"auto"`` is a GPU where there is one.
+        dtype: Of the parameters; ``"auto"`` is that of the files.
+        seed: Of whatever is drawn.
+
+    Raises:
+        OptionError: A value is out of range, or ``adapter`` or ``scorer`` is given without a model.
+    """
+
+    safety_rows: Sequence[Mapping[str, Any]] = ()
+    model: str | None = None
+    adapter: str | None = None
+    scorer: str | None = None
+    max_length: int = 1024
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise OptionError(f"max_length={self.max_length}; allowed: a whole number >= 2")
+        for name, kind in (("device", Device), ("dtype", Dtype)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise OptionError(f"{name}={value!r}; allowed: {', '.join(map(repr, get_args(kind)))}")
+        for name in ("adapter", "scorer"):
+            if getattr(self, name) is not None and self.model is None:
+                raise OptionError(f"{name}={getattr(self, name)!r} belongs to a model; name it too, model=...")
+
+
 # the hooks ------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +225,18 @@ def safe_sched_open_source(source: str) -> Iterable[Mapping[str, Any]] | None:  
 
     Raises:
         SafeSchedError: The source cannot be opened.
+    """
+
+
+@hookspec
+def safe_sched_detectors(request: AuditRequest) -> Sequence[Detector]:  # pyright: ignore[reportReturnType]
+    """Further signals for ``safe-sched audit``: `safe_sched.audit.Detector` objects, one per signal.
+
+    All answers are taken together. Give none where there is nothing to add: without ``request.model``, a detector that
+    needs one. A model is loaded here or when the first rows come, not at import.
+
+    Raises:
+        SafeSchedError: Whatever is wrong with the model.
     """
 
 
@@ -278,4 +331,21 @@ def third_party_schedulers() -> dict[str, type]:
                     f"two plugins bring a scheduler {name!r}: {found[name].__module__} and {kind.__module__}. "
                     "Uninstall one of them, or give the scheduler itself in the place of its name."
                 )
+    return found
+
+
+def detectors(request: AuditRequest) -> list[Detector]:
+    """The signals of all plugins.
+
+    Raises:
+        PluginError: Nothing that is installed makes use of the model that was named.
+        SafeSchedError: Whatever is wrong with the model.
+    """
+    # pluggy calls the plugin that was registered last first
+    found = [one for several in reversed(manager().hook.safe_sched_detectors(request=request)) for one in several or ()]
+    if request.model is not None and not found:
+        raise PluginError(
+            "nothing that is installed can run a model over the rows of an audit. Install what it takes: "
+            "pip install 'safe-sched[trl]'"
+        )
     return found

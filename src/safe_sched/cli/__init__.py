@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import safe_sched
+from safe_sched.cli.audit import audit
 from safe_sched.cli.export import export
 from safe_sched.cli.losses import losses
 from safe_sched.cli.mix import mix
@@ -37,6 +38,7 @@ def _options(
     pass
 
 
+app.command()(audit)
 app.command()(losses)
 app.command()(mix)
 app.command()(export)

@@ -40,7 +40,8 @@ class BadRow:
         return f"{self.source}, line {self.line}: {self.reason}"
 
 
-Found = Iterator[dict[str, Any] | BadRow]
+Found = Iterator[tuple[int, dict[str, Any] | BadRow]]
+"""Each with its line in a text file, or its number in a columnar one, counted from 1."""
 
 
 def _lines(stream: Any) -> Iterator[tuple[int, bytes | None]]:
@@ -84,7 +85,7 @@ def read_jsonl(name: str, form: Form) -> Found:
     with opened(name, form.codec) as stream:
         for number, line in _lines(stream):
             if line is None:
-                yield BadRow(name, number, _TOO_LONG)
+                yield number, BadRow(name, number, _TOO_LONG)
                 continue
             if number == 1:
                 line = line.removeprefix(_BOM)
@@ -94,12 +95,12 @@ def read_jsonl(name: str, form: Form) -> Found:
                     continue
                 row = decoder.line(text)
             except Unreadable as error:
-                yield BadRow(name, number, str(error))
+                yield number, BadRow(name, number, str(error))
                 continue
             if isinstance(row, dict):
-                yield row
+                yield number, row
             else:
-                yield BadRow(name, number, f"a {type(row).__name__}; allowed: an object with named fields")
+                yield number, BadRow(name, number, f"a {type(row).__name__}; allowed: an object with named fields")
 
 
 def read_json(name: str, form: Form) -> Found:
@@ -108,12 +109,13 @@ def read_json(name: str, form: Form) -> Found:
         rows = JsonList(stream)
         try:
             for row, problem in rows:
+                line = rows.line
                 if problem is not None:
-                    yield BadRow(name, rows.line, problem)
+                    yield line, BadRow(name, line, problem)
                 elif isinstance(row, dict):
-                    yield row
+                    yield line, row
                 else:
-                    yield BadRow(name, rows.line, f"a {type(row).__name__}: {name} is not a list of objects")
+                    yield line, BadRow(name, line, f"a {type(row).__name__}: {name} is not a list of objects")
         except NotAList as error:
             more = "" if str(error) != "{" else "; for one object per line name it .jsonl"
             raise DataError(f"{name} is not a list of objects{more}") from error
@@ -139,11 +141,12 @@ def read_csv(name: str, form: Form) -> Found:
             if not cells:
                 continue
             if len(cells) != len(names):
-                yield BadRow(name, number, f"{len(cells)} cells; the first line names {len(names)} columns")
+                bad = BadRow(name, number, f"{len(cells)} cells; the first line names {len(names)} columns")
+                yield number, bad
             elif not all(map(_is_utf8, cells)):
-                yield BadRow(name, number, "not UTF-8 text")
+                yield number, BadRow(name, number, "not UTF-8 text")
             else:
-                yield dict(zip(names, cells, strict=True))
+                yield number, dict(zip(names, cells, strict=True))
 
 
 def _is_utf8(cell: str) -> bool:
@@ -177,8 +180,8 @@ def read_parquet(name: str, form: Form) -> Found:
         # pre_buffer would hold whole row groups
         source = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)
         _need_distinct(name, source.schema_arrow)
-        for batch in source.iter_batches(batch_size=BATCH, use_threads=False):
-            yield from batch.to_pylist()
+        batches = source.iter_batches(batch_size=BATCH, use_threads=False)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
 
 
 def read_arrow(name: str, form: Form) -> Found:
@@ -188,10 +191,12 @@ def read_arrow(name: str, form: Form) -> Found:
         _need_distinct(name, source.schema)
         whole = isinstance(source, pa.RecordBatchFileReader)
         batches = map(source.get_batch, range(source.num_record_batches)) if whole else source
+        before = 1
         for batch in batches:
             batch.validate(full=True)  # offsets that point elsewhere would be followed
             for start in range(0, batch.num_rows, BATCH):
-                yield from batch.slice(start, BATCH).to_pylist()
+                yield from enumerate(batch.slice(start, BATCH).to_pylist(), before + start)
+            before += batch.num_rows
 
 
 def open_arrow(file: Any) -> Any:

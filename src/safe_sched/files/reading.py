@@ -43,6 +43,13 @@ class RowFile:
         self._files, self._on_bad, self._rows = files, on_bad, rows
         self._once = source == STDIO
         self._used = False
+        self._at = ("", "row", 0)
+
+    @property
+    def where(self) -> str:
+        """Where the row given last stands, such as ``"train.jsonl, line 12"`` or ``"train.parquet, row 12"``."""
+        name, unit, number = self._at
+        return f"{name}, {unit} {number}"
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The rows, from the first one on.
@@ -64,7 +71,7 @@ class RowFile:
         return schemas[0] if schemas and all(schema == schemas[0] for schema in schemas) else None
 
     def _read(self) -> Iterator[dict[str, Any]]:
-        for found in self._found():
+        for found in self.found():
             if isinstance(found, BadRow):
                 if self._on_bad == "stop":
                     raise DataError(str(found))
@@ -75,14 +82,23 @@ class RowFile:
             self.rows += 1
             yield found
 
-    def _found(self) -> Iterator[dict[str, Any] | BadRow]:
+    def found(self) -> Iterator[dict[str, Any] | BadRow]:
+        """The rows, and in their places what is none, whatever ``on_bad`` says; nothing is counted.
+
+        Raises:
+            DataError: A file is damaged.
+        """
         if self._rows is not None:
             for number, row in enumerate(self._rows, start=1):
+                self._at = (self.source, "row", number)
                 good = isinstance(row, Mapping)
                 yield dict(row) if good else BadRow(self.source, number, f"a {type(row).__name__}")
         for name, form in self._files:
+            unit = "row" if form.kind in ("parquet", "arrow") else "line"
             try:
-                yield from READERS[form.kind](name, form)
+                for number, found in READERS[form.kind](name, form):
+                    self._at = (name, unit, number)
+                    yield found
             except _DAMAGE as error:
                 raise _damaged(name, form, error) from error
 

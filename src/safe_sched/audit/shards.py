@@ -1,0 +1,165 @@
+"""Scores on disk, shard by shard: what is there is whole, and belongs to this input and these detectors.
+
+A folder holds::
+
+    audit.json              what the shards belong to: detectors with their settings, versions, and the input's digests
+    shards/00000.parquet    the scores of a shard
+    shards/00000.json       its completion marker, written after it: its size and digest
+
+Every file is written under another name, flushed to the disk, and renamed. So a kill at any point leaves shards that
+are whole, or that count as absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from safe_sched.errors import OptionError, StateError
+
+MANIFEST = "audit.json"
+_VERSION = 1
+
+
+def digest(data: bytes) -> str:
+    """Of some bytes, as text."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A file that is there as a whole, even after the power failed, or not at all.
+
+    Raises:
+        OptionError: It cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written: {error.strerror or error}") from error
+    with contextlib.suppress(OSError):  # not every system can flush a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class Shards:
+    """The scores of an audit in a folder.
+
+    Args:
+        folder: Made where it is not there.
+        resume: Whether to go on with the shards that the folder holds.
+
+    Raises:
+        OptionError: The folder holds an audit, and is not to be resumed; or cannot be written.
+    """
+
+    def __init__(self, folder: Path, *, resume: bool = False) -> None:
+        self.folder, self._shards = folder, folder / "shards"
+        if (folder / MANIFEST).exists() and not resume:
+            raise OptionError(f"{folder} holds an audit already; go on with it (--resume), or name another folder")
+        try:
+            self._shards.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(f"{folder} cannot be written: {error.strerror or error}") from error
+        self._digests: list[str] = []
+
+    def begin(self, settings: Mapping[str, Any], digests: Sequence[str]) -> None:
+        """Say what the shards belong to.
+
+        Args:
+            settings: Whatever else the scores depend on, as plain JSON values.
+            digests: Of the rows of every shard.
+
+        Raises:
+            StateError: The folder belongs to another input, or to other settings; the first difference is named.
+        """
+        self._digests = list(digests)
+        asked = json.loads(json.dumps({"version": _VERSION, "settings": settings, "digests": self._digests}))
+        path = self.folder / MANIFEST
+        if path.exists():
+            self._require_same(path, asked)
+        else:
+            for old in self._shards.iterdir():  # of a run that was killed before it said what they are
+                old.unlink()
+            write_whole(path, json.dumps(asked, indent=1).encode())
+
+    def _require_same(self, path: Path, asked: Mapping[str, Any]) -> None:
+        try:
+            there = json.loads(path.read_bytes())
+            settings, digests = there["settings"], there["digests"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StateError(f"{path} is damaged ({error}); remove the folder and audit anew") from error
+        for name in sorted({*settings, *asked["settings"]}):
+            if (old := settings.get(name)) != (new := asked["settings"].get(name)):
+                raise StateError(
+                    f"{self.folder} was made with {name}={_short(old)}, now it is {_short(new)}; resume with the same "
+                    "options and versions, or name another folder"
+                )
+        if digests != asked["digests"] or there.get("version") != _VERSION:
+            raise StateError(
+                f"{self.folder} was made from other rows: {_first_difference(digests, asked['digests'])}. Resume with "
+                "the same input, or name another folder"
+            )
+
+    def done(self, number: int) -> bool:
+        """Whether a shard is there as it was written."""
+        marker, part = self._paths(number)
+        try:
+            told = json.loads(marker.read_bytes())
+            data = part.read_bytes()
+        except (OSError, ValueError):
+            return False
+        return told == self._marker(number, data)
+
+    def put(self, number: int, table: pa.Table) -> None:
+        """Keep the scores of a shard."""
+        marker, part = self._paths(number)
+        sink = pa.BufferOutputStream()
+        pyarrow.parquet.write_table(table, sink, compression="zstd")
+        data = sink.getvalue().to_pybytes()
+        write_whole(part, data)
+        write_whole(marker, json.dumps(self._marker(number, data)).encode())
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The scores of all shards, in the order of the rows.
+
+        Raises:
+            StateError: One is not there.
+        """
+        for number in range(len(self._digests)):
+            if not self.done(number):
+                raise StateError(f"{self._paths(number)[1]} is missing or damaged; resume the audit to make it anew")
+            yield pyarrow.parquet.read_table(self._paths(number)[1])
+
+    def _marker(self, number: int, data: bytes) -> dict[str, Any]:
+        return {"rows": self._digests[number], "bytes": len(data), "scores": digest(data)}
+
+    def _paths(self, number: int) -> tuple[Path, Path]:
+        return self._shards / f"{number:05d}.json", self._shards / f"{number:05d}.parquet"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _first_difference(old: Sequence[str], new: Sequence[str]) -> str:
+    for number, (one, other) in enumerate(zip(old, new, strict=False)):
+        if one != other:
+            return f"shard {number} differs"
+    return f"{len(old)} shards, now {len(new)}"

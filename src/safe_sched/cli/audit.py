@@ -1,0 +1,317 @@
+"""``safe-sched audit``: which rows of a training file would undo a model's safety?"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet
+import typer
+from rich.console import Console
+
+from safe_sched.cli.screen import UNSCORED, errors_as_exit_codes, progress_bar
+from safe_sched.errors import OptionError
+from safe_sched.generation import Device, Dtype
+from safe_sched.mixing.explain import seen
+
+FOUND = 1
+"""The exit code where as much was flagged as ``--fail-on`` names."""
+
+Progress = Callable[[str, int, int | None], None]
+
+
+def audit(
+    context: typer.Context,
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...", help="Files, folders, hf://owner/name, an Axolotl YAML, a dataset_info.json; -."
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="MODEL", help="Ask this model too: folder or hub.", show_default=False),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="A PEFT adapter to put on MODEL.", show_default=False)
+    ] = None,
+    safety: Annotated[
+        str, typer.Option("--safety-data", "-s", metavar="FILE", help="Prompts to be refused; core: built in.")
+    ] = "core",
+    scorer: Annotated[
+        str | None, typer.Option(metavar="SAVED", help="A saved scorer of NeuralBDS.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to write.", show_default=False)
+    ] = None,
+    form: Annotated[
+        Literal["parquet", "jsonl", "csv", "same"],
+        typer.Option("--format", metavar="KIND", help="Rows in DIR: parquet, jsonl, csv, or same as FILE."),
+    ] = "same",
+    report: Annotated[
+        Literal["html"] | None, typer.Option(metavar="KIND", help="html: a report in DIR.", show_default=False)
+    ] = None,
+    show_text: Annotated[
+        bool, typer.Option("--show-text", metavar="", help="Show rows in the report.", show_default=False)
+    ] = False,
+    fail_on: Annotated[
+        str | None,
+        typer.Option(metavar="N|SHARE", help="Exit with 1 at so many flagged rows: 10, 1%.", show_default=False),
+    ] = None,
+    threshold: Annotated[str, typer.Option(metavar="P", help="Flag rows at this probability; auto is 0.5.")] = "auto",
+    labels: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of labels, 1: harmful.", show_default=False)
+    ] = None,
+    schema: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Schema of the rows, where they fit several.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Look at the first N rows only.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", metavar="", help="Go on with what is in DIR.", show_default=False)
+    ] = False,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(metavar="KIND", help="ray: score with Ray, on a cluster or all cores.")
+    ] = "local",
+    max_length: Annotated[int, typer.Option(metavar="TOKENS", help="Cut rows to this for MODEL.")] = 1024,
+    device: Annotated[
+        Device, typer.Option(metavar="DEVICE", help="cpu, cuda, or auto: a GPU if there is one.")
+    ] = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16, or auto: as the model is stored.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(metavar="N", help="Of whatever is drawn.")] = 0,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", metavar="", help="Say nothing but errors.", show_default=False)
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print the summary as JSON.", show_default=False)
+    ] = False,
+) -> None:
+    r"""Say which rows of a training file would undo a model's safety.
+
+    Every row gets a probability of being harmful, with an interval and the
+    reason in words. It takes no model and no training; an aligned --model,
+    best the one that is to be fine-tuned, sees more.
+
+    [bold]Example[/bold]: look, then write the rows and a report
+
+        safe-sched audit train.jsonl
+
+        safe-sched audit train.jsonl --model models/chat \
+            --out found --report html
+
+    In DIR are the rows with their own columns and safe_sched.p_harmful,
+    .weight, .reason and others; findings.parquet without them, for
+    safe-sched export; summary.json; and shards of scores, so that an audit
+    that was killed goes on with --resume.
+
+    In a CI job: fail where a row in a hundred is flagged, or ten rows
+
+        safe-sched audit train.jsonl --fail-on 1% --quiet
+
+    A pipe has JSON lines: zcat t.jsonl.gz | safe-sched audit -
+
+    Exit codes: 0 done; 1 as much is flagged as --fail-on names; 2 something
+    that was given cannot be used; 3 some rows could not be scored: they are
+    named, the others are. 1 goes before 3.
+    """
+    with errors_as_exit_codes(), contextlib.ExitStack() as stack:
+        fails = None if fail_on is None else _limit_of(fail_on)
+        _require_together(out, report, show_text, resume, quiet, as_json)
+        from safe_sched.audit.inputs import opened_sources
+        from safe_sched.audit.run import audit as run
+
+        sources = opened_sources(files, stack)
+        path = None if out is None else out / f"rows.{_ending(form, sources)}"
+        with _no_bar() if quiet or as_json else progress_bar() as progress:
+            findings = run(
+                sources,
+                model=model,
+                adapter=adapter,
+                safety_data=safety,
+                scorer=scorer,
+                threshold=threshold,
+                labels=labels,
+                limit=limit,
+                out=out,
+                resume=resume,
+                schema=schema,
+                max_length=max_length,
+                device=device,
+                dtype=dtype,
+                seed=seed,
+                engine=_engine(engine),
+                progress=progress,
+            )
+            if out is not None and path is not None:
+                progress("writing", 0, None)
+                _write(findings, sources, out, path, report, show_text, schema, limit)
+        _say(findings, context, quiet, as_json, out, path)
+        summary = findings.summary
+        if fails is not None and fails(summary.flagged, summary.scored):
+            raise typer.Exit(FOUND)
+        if summary.coverage < 1:
+            _name_bad(findings)
+            raise typer.Exit(UNSCORED)
+
+
+def _engine(name: str) -> Any:
+    if name == "local":
+        return None
+    from safe_sched.audit.ray_engine import RayEngine
+
+    return RayEngine()
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[Progress]:
+    yield lambda stage, done, total: None
+
+
+def _limit_of(text: str) -> Callable[[int, int], bool]:
+    """When to fail: whether so many flagged of so many rows are enough."""
+    wrong = OptionError(
+        f"--fail-on {text!r}; allowed: a number of rows, 1 or more, such as 10, or a share above 0, such as 1% or 0.01"
+    )
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text.strip())
+    if not found:
+        raise wrong
+    number, percent = float(found[1]), bool(found[2])
+    if not percent and found[1].isdigit():
+        if number < 1:
+            raise wrong
+        return lambda flagged, scored: flagged >= number
+    share = number / 100 if percent else number
+    if not 0 < share <= 1:
+        raise wrong
+    # 1 % of 300 rows are 3 rows, whatever 0.01 is in binary
+    return lambda flagged, scored: flagged > 0 and flagged >= math.ceil(round(share * scored, 6))
+
+
+def _require_together(
+    out: Path | None, report: str | None, show_text: bool, resume: bool, quiet: bool, as_json: bool
+) -> None:
+    if out is None:
+        given = {"--report": report, "--resume": resume}
+        if named := [name for name, value in given.items() if value]:
+            raise OptionError(f"{', '.join(named)} without --out; name the folder, --out DIR")
+    if show_text and report is None:
+        raise OptionError("--show-text belongs to a report; ask for one, --report html")
+    if quiet and as_json:
+        raise OptionError("--quiet says nothing and --json prints the summary; give one of them")
+
+
+def _ending(form: str, sources: list[Any]) -> str:
+    """Of the file of rows: that of the first file, where it is to be the same."""
+    if form != "same":
+        return form
+    from safe_sched.files.kinds import PACKED, form_of
+
+    file = getattr(sources[0], "file", None)
+    if file is None or not file.paths:
+        return "jsonl"
+    first = file.paths[0]
+    packed = first.suffix.lower() if first.suffix.lower() in PACKED else ""
+    kind = getattr(sources[0], "kind", None)
+    return f"{form_of(first, kind).kind}{packed}"
+
+
+def _write(
+    findings: Any,
+    sources: list[Any],
+    out: Path,
+    path: Path,
+    report: str | None,
+    show_text: bool,
+    schema: str | None,
+    limit: int | None,
+) -> None:
+    from safe_sched.audit.inputs import Inputs
+    from safe_sched.audit.output import write_rows
+    from safe_sched.audit.rows import AuditRow
+    from safe_sched.audit.shards import write_whole
+    from safe_sched.report.summary import summary_json
+
+    write_rows(findings, sources, path)
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(findings.table, sink, compression="zstd")
+    write_whole(out / "findings.parquet", sink.getvalue().to_pybytes())
+    write_whole(out / "summary.json", json.dumps(summary_json(findings), indent=1).encode())
+    if report is not None:
+        from safe_sched.report.html import write_html
+
+        entries = Inputs(sources, schema=schema, limit=limit)
+        rows = (entry if isinstance(entry, AuditRow) else entry.row for entry in entries)
+        write_html(findings, rows, out / "report.html", show_text=show_text)
+
+
+def _say(
+    findings: Any, context: typer.Context, quiet: bool, as_json: bool, out: Path | None, path: Path | None
+) -> None:
+    if quiet:
+        return
+    if as_json:
+        from safe_sched.report.summary import summary_json
+
+        typer.echo(json.dumps(summary_json(findings), indent=1))
+        return
+    from safe_sched.report.terminal import render
+
+    console = Console()
+    console.print(render(findings, then=_next(findings, context, path)))
+    if out is not None:
+        console.print(f"Written to {seen(str(out))}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _next(findings: Any, context: typer.Context, path: Path | None) -> str | None:
+    """What to type now."""
+    if path is None:
+        words = [str(one) for one in context.params["files"]]
+        model = context.params["model"]
+        more = ["--model", str(model)] if model else []
+        return shlex.join(["safe-sched", "audit", *words, *more, "--out", "found", "--report", "html"])
+    summary = findings.summary
+    if len(context.params["files"]) > 1 or summary.limited or summary.coverage < 1 or not summary.flagged:
+        return None
+    ending = path.name.removeprefix("rows")
+    return shlex.join(
+        [
+            *("safe-sched", "export", str(context.params["files"][0]), str(path.parent / "findings.parquet")),
+            *("--threshold", f"{1 - summary.threshold:g}", "--out", f"kept{ending}", "--removed", f"removed{ending}"),
+        ]
+    )
+
+
+def _name_bad(findings: Any) -> None:
+    """What could not be read or scored, on standard error: the first by name, all by number."""
+    summary, console = findings.summary, Console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(seen(text), style="red", markup=False, highlight=False, soft_wrap=True)
+
+    unscored = summary.rows - summary.scored
+    say(f"{summary.bad_rows:,} lines or rows could not be read, {unscored:,} of {summary.rows:,} rows have no score:")
+    for one in summary.bad:
+        say(f"  {one.where}: {one.reason}")
+    if summary.bad_rows > len(summary.bad):
+        say(f"  and {summary.bad_rows - len(summary.bad):,} more that could not be read")
+    for where, reason in _silent(findings, {one.where for one in summary.bad}):
+        say(f"  {where}: {reason}")
+
+
+def _silent(findings: Any, named: set[str]) -> list[tuple[str, str]]:
+    """The first rows that could be read, and of which no signal says anything."""
+    from safe_sched.files import NAMED
+
+    table = findings.table.select(["where", "reason", "p_harmful"])
+    unscored = table.filter(table.column("p_harmful").is_null()).slice(0, NAMED + len(named)).to_pylist()
+    return [(row["where"], row["reason"]) for row in unscored if row["where"] not in named][:NAMED]
