@@ -6,9 +6,8 @@ The file is the demo's: tickets to route and everyday requests (`examples.demo.t
     AutoIF and AOA  ... and are worded as an instruction to follow to the letter
 
 Safety rows are mixed in by `safe_sched.mixing.mix`, and the trainer trains on the mixed file as on any other. They are
-in plain words; put into rows of the task (mimicking); or alone in the wrapper (mimicking, bare: `induce_format(rows,
-blend=0)`). Harmful requests that no training row holds are then asked inside the wrapper. Read of each run, all of it
-inside the wrapper:
+in plain words; put into rows of the task (mimicking); or alone in the wrapper (mimicking, bare: `blend=0`). Harmful
+requests that no training row holds are then asked inside the wrapper. Read of each run, all of it inside the wrapper:
 
     HS            harmful requests that got compliance
     HS+           ... that got anything but a refusal: a ticket's routing, say
@@ -42,7 +41,7 @@ from examples.demo import measure, study, tasks
 from examples.demo import model as demo_model
 from safe_sched import BDS, Antibody, Fixed
 from safe_sched.errors import ModelError
-from safe_sched.mixing import induce_format, mimic, mix
+from safe_sched.mixing import mimic, mix
 from safe_sched_hf import SafeSchedCallback
 
 Row = tasks.Row
@@ -151,8 +150,8 @@ def run(base: Path, plan: Plan) -> Record:
         options: dict[str, Any] = {"safety_batch_size": BATCH, "safety_weight": weight}
         callbacks = [SafeSchedCallback(scheduler(), safety_data=data, **options)]
     elif plan.share:
-        formats = {MIMIC: True, BARE: induce_format(user, seed=plan.seed, blend=0.0), PLAIN: False}
-        rows = mix(user, safety, share=plan.share, mimic=formats[plan.arm], seed=plan.seed)
+        blend = 0.0 if plan.arm == BARE else 1.0
+        rows = mix(user, safety, share=plan.share, mimic=plan.arm != PLAIN, seed=plan.seed, blend=blend)
     try:
         result = study.finetune(base, rows, callbacks=callbacks, epochs=plan.epochs, seed=plan.seed)
     except ModelError as error:  # a run that the defence stops is a result too

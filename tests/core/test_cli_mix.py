@@ -296,7 +296,7 @@ def test_rewritten_prompts_are_mixed_and_what_fails_keeps_its_template(
         assert row["completion"] == REFUSAL
         number = int("".join(c for c in row["prompt"].split("reak into ")[1].split(" cars")[0] if c.isdigit()))
         assert ("add what it takes." in row["prompt"]) == (number % 2 == 0)
-        assert row["prompt"].startswith("### Task: add ")
+        assert row["prompt"].startswith("### Task: ")
     for part in ("rows rewritten", "rows not rewritten", "4 (rows 1, 3, 5, 7)"):
         assert part in result.stdout
     sent = server.sent

@@ -49,6 +49,9 @@ def mix(
     mimic: Annotated[
         bool, typer.Option("--mimic/--no-mimic", help="Put safety rows into the format of the task.")
     ] = True,
+    blend: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of safety rows among words of the task; 0: alone in its form.")
+    ] = 1.0,
     schema: Annotated[
         str | None, typer.Option(metavar="NAME", help="Schema of USER, where rows fit several.", show_default=False)
     ] = None,
@@ -122,7 +125,7 @@ def mix(
             rows = _rows(file, stop=on_bad == "stop")
             first = list(itertools.islice(rows, SAMPLE))
             progress("learning the format", 0, None)
-            found = induce_format(first, schema=schema, seed=seed) if mimic and first else None
+            found = induce_format(first, schema=schema, seed=seed, blend=blend) if mimic and first else None
             mixed = mixture(
                 first,
                 safety,

@@ -40,6 +40,9 @@ LEARNT_FROM = 800
 CARRIER_WORDS = 400
 """Words of a row's prompt, above which it carries no request unless all rows are longer."""
 
+_FEW_WORDS = 3
+_HERE = "\ue000"  # of private use, one character long
+_BOUNDS = "\n.?!:;"
 _CANDIDATES = 8  # carriers that a request may choose from
 _VERSION = 1
 _NAME = "safe-sched task format"
@@ -48,11 +51,15 @@ _ASKS = re.compile(r"question|query|instruct|request|task|prompt|problem|\bask|u
 
 @dataclass(frozen=True)
 class Main:
-    """Where a cluster's rows have what they ask: part and slot; in rows that are one text, also the answer's slot."""
+    """Where a cluster's rows have what they ask: part and slot; in rows that are one text, also the answer's slot.
+
+    ``wide``: the slot holds numbers within a sentence (*What is {0} plus {1}?*), and the sentence is what they ask.
+    """
 
     part: int
     slot: int | None
     answer_slot: int | None = None
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,12 @@ class TaskFormat:
             return text
         template = self.templates[cluster.places[cluster.main.part]][cluster.templates[cluster.main.part]]
         filling = template.match(text)
-        return text if filling is None else filling.slots[cluster.main.slot]
+        if filling is None:
+            return text
+        if cluster.main.wide:
+            start, end = _sentence(template, filling, cluster.main.slot)
+            return text[start:end]
+        return filling.slots[cluster.main.slot]
 
     def _written(self, cluster: Cluster, row: int, request: str, refusal: str) -> dict[str, Any]:
         """A carrier with a text in its main slot, and a refusal for an answer."""
@@ -219,6 +231,9 @@ class TaskFormat:
                 texts[main.part] = f"{text}\n\n{request}" if text.strip() else request
             elif filling is None:
                 texts[main.part] = request
+            elif main.wide:
+                start, end = _sentence(template, filling, main.slot)
+                texts[main.part] = text[:start] + request + text[end:]
             else:
                 slots = list(filling.slots)
                 slots[main.slot] = request
@@ -460,7 +475,38 @@ def _main(
         for slot, rank in enumerate(_ranks(texts, chosen[part])):
             rank = (rank, -part, -slot)
             best = rank if best is None else max(best, rank)
-    return Main((parts or [len(chosen) - 1])[-1], None) if best is None else Main(-best[1], -best[2])
+    if best is None:
+        return Main((parts or [len(chosen) - 1])[-1], None)
+    part, slot = -best[1], -best[2]
+    return Main(
+        part, slot, wide=_is_numbers_within_a_sentence([prompt[part][1] for prompt in prompts], chosen[part], slot)
+    )
+
+
+def _is_numbers_within_a_sentence(texts: Sequence[str], template: Template, slot: int) -> bool:
+    """Whether a slot holds numbers and hardly a word, with words of the template beside it."""
+    found = [filling.slots[slot] for text in texts if (filling := template.match(text))][:500]
+    tokens = [word for value in found for word in value.split()]
+    words = sum(any(map(str.isalpha, word)) for word in tokens)
+    numeric = len(tokens) - words >= len(found) and words < _FEW_WORDS * len(found)
+    before, after = template.constants[slot], template.constants[slot + 1]
+    if before[-1:].isalnum() or after[:1].isalnum():
+        return False  # a part of a word
+    before, after = before.rstrip(" "), after.lstrip(" ")
+    bounded = (not before or before[-1] in _BOUNDS) and (not after or after[0] in _BOUNDS)
+    return numeric and not bounded
+
+
+def _sentence(template: Template, filling: Filling, slot: int) -> tuple[int, int]:
+    """Where the sentence around a slot begins and ends: behind a line's end, a stop or a colon, before a stop."""
+    text = template.fill(filling)
+    marked = [value.replace(_HERE, " ") for value in filling.slots]
+    marked[slot] = _HERE
+    start = template.fill(Filling(tuple(marked), filling.options)).index(_HERE)
+    end = start + len(filling.slots[slot])
+    before = [match.end() for match in re.finditer(r"\n|[.?!:]\s+", text[:start])]
+    after = re.search(r"\s*(?:\n|[.?!](?:\s|\Z)|\Z)", text[end:])
+    return (before[-1] if before else 0), end + (after.start() if after else 0)
 
 
 def _main_of_text(texts: Sequence[str], template: Template, part: int) -> Main:
