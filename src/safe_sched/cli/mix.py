@@ -126,32 +126,20 @@ def mix(
             first = list(itertools.islice(rows, SAMPLE))
             progress("learning the format", 0, None)
             found = induce_format(first, schema=schema, seed=seed, blend=blend) if mimic and first else None
-            mixed = mixture(
-                first,
-                safety,
-                share=share,
-                mimic=found or False,
-                seed=seed,
-                epoch=epoch,
-                schema=schema,
-                provenance=provenance,
-            )
+            how: dict[str, Any] = {
+                "share": share,
+                "seed": seed,
+                "epoch": epoch,
+                "schema": schema,
+                "provenance": provenance,
+            }
+            mixed = mixture(first, safety, mimic=found or False, **how)
             report = None
             if model is not None:
-                report = _rewritten(
-                    mixed, first, schema, _generator(model, url, key_env, price), cache, dry_run, progress
-                )
+                generator = _generator(model, url, key_env, price)
+                report = _rewritten(mixed, first, schema, generator, cache, dry_run, progress)
                 if not dry_run:
-                    mixed = mixture(
-                        first,
-                        report.rows,
-                        share=share,
-                        mimic=False,
-                        seed=seed,
-                        epoch=epoch,
-                        schema=schema,
-                        provenance=provenance,
-                    )
+                    mixed = mixture(first, report.rows, mimic=False, **how)
             written = None if writer is None else _write(writer, itertools.chain(first, rows), mixed, progress)
     if explain:
         console.print(found.explain() if found is not None else "No format is looked for with --no-mimic.")
