@@ -31,6 +31,7 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run as a script: python bench/antibody.py
 from bench import evidence, report
+from bench.attacks import published
 from bench.evidence import Plan, Recorder, carry_out, column
 from bench.evidence_page import machine
 from bench.report import Section
@@ -42,14 +43,7 @@ from safe_sched_hf import SafeSchedCallback
 
 ARMS: dict[str, Callable[[], Any]] = {
     "weights 1": Fixed,
-    "published": lambda: Antibody(
-        ratio="token_mean",
-        anchor=False,
-        refusal_cost="exact",
-        pool="micro_batch",
-        gate="softmax",
-        on_inversion="ignore",
-    ),
+    "published": published,
     "Antibody": Antibody,
     "both": lambda: combine(BDS(), Antibody()),
 }

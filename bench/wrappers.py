@@ -6,9 +6,8 @@ The file is the demo's: tickets to route and everyday requests (`examples.demo.t
     AutoIF and AOA  ... and are worded as an instruction to follow to the letter
 
 Safety rows are mixed in by `safe_sched.mixing.mix`, and the trainer trains on the mixed file as on any other. They are
-in plain words; put into rows of the task (mimicking); or alone in the wrapper (mimicking, bare: `induce_format(rows,
-blend=0)`). Harmful requests that no training row holds are then asked inside the wrapper. Read of each run, all of it
-inside the wrapper:
+in plain words; put into rows of the task (mimicking); or alone in the wrapper (mimicking, bare: `blend=0`). Harmful
+requests that no training row holds are then asked inside the wrapper. Read of each run, all of it inside the wrapper:
 
     HS            harmful requests that got compliance
     HS+           ... that got anything but a refusal: a ticket's routing, say
@@ -40,9 +39,9 @@ from bench.evidence_page import machine
 from bench.report import Section
 from examples.demo import measure, study, tasks
 from examples.demo import model as demo_model
-from safe_sched import Antibody, Fixed
+from safe_sched import BDS, Antibody, Fixed
 from safe_sched.errors import ModelError
-from safe_sched.mixing import induce_format, mimic, mix
+from safe_sched.mixing import mimic, mix
 from safe_sched_hf import SafeSchedCallback
 
 Row = tasks.Row
@@ -56,14 +55,17 @@ SHARES = (0.01, 0.05, 0.1)
 BATCH = 1
 """Safety rows beside each step's 16 in the arms that have a safety batch."""
 
-CALLBACKS: dict[str, tuple[Callable[[], Any], bool]] = {
-    "safety batch, plain": (Fixed, False),
-    "safety batch, mimicking": (Fixed, True),
-    "Antibody, plain safety rows": (Antibody, False),
-    "Antibody, mimicking safety rows": (Antibody, True),
+CALLBACKS: dict[str, tuple[Callable[[], Any], bool, float]] = {
+    "safety batch, plain": (Fixed, False, 1.0),
+    "safety batch, mimicking": (Fixed, True, 1.0),
+    "Antibody, plain safety rows": (Antibody, False, 1.0),
+    "Antibody, mimicking safety rows": (Antibody, True, 1.0),
+    "BDS, plain, safety_weight .1": (BDS, False, 0.1),
+    "BDS, mimicking, safety_weight .1": (BDS, True, 0.1),
 }
-"""Arms that train with the callback, with a safety batch beside each step: scheduler, and whether its rows mimic."""
+"""Arms with a safety batch beside each step: scheduler, whether the safety rows mimic, safety_weight."""
 
+MARK = "<!-- results of bench/wrappers.py -->"
 ARMS = (attacks.ALIGNED, NONE, PLAIN, MIMIC, BARE, *CALLBACKS)
 
 
@@ -88,7 +90,7 @@ def plans(seeds: Iterable[int], **sizes: Any) -> list[Plan]:
     """All runs, the first seed first: the whole grid without harmful rows, part of it with them.
 
     >>> len(plans([0]))
-    38
+    42
     """
     mixes = [(NONE, 0.0), *((arm, share) for share in SHARES for arm in (PLAIN, MIMIC, BARE))]
     few = [(NONE, 0.0), (PLAIN, 0.1), (MIMIC, 0.1), (BARE, 0.1), *((arm, 0.0) for arm in CALLBACKS)]
@@ -143,12 +145,13 @@ def run(base: Path, plan: Plan) -> Record:
     callbacks: list[Any] = []
     rows = user
     if plan.arm in CALLBACKS:
-        scheduler, mimics = CALLBACKS[plan.arm]
+        scheduler, mimics, weight = CALLBACKS[plan.arm]
         data = mimic(user, safety, seed=plan.seed) if mimics else safety
-        callbacks = [SafeSchedCallback(scheduler(), safety_data=data, safety_batch_size=BATCH)]
+        options: dict[str, Any] = {"safety_batch_size": BATCH, "safety_weight": weight}
+        callbacks = [SafeSchedCallback(scheduler(), safety_data=data, **options)]
     elif plan.share:
-        formats = {MIMIC: True, BARE: induce_format(user, seed=plan.seed, blend=0.0), PLAIN: False}
-        rows = mix(user, safety, share=plan.share, mimic=formats[plan.arm], seed=plan.seed)
+        blend = 0.0 if plan.arm == BARE else 1.0
+        rows = mix(user, safety, share=plan.share, mimic=plan.arm != PLAIN, seed=plan.seed, blend=blend)
     try:
         result = study.finetune(base, rows, callbacks=callbacks, epochs=plan.epochs, seed=plan.seed)
     except ModelError as error:  # a run that the defence stops is a result too
@@ -192,19 +195,47 @@ def sections(records: Sequence[Record]) -> list[Section]:
 
 
 def page(records: Sequence[Record], command: str) -> str:
-    """The report as a page."""
+    """The report, for a page."""
     plan = records[0]["plan"]
     seeds = ", ".join(map(str, sorted({record["plan"]["seed"] for record in records})))
     seconds = sum(record.get("seconds", 0) for record in records)
     opening = [
-        "# Does it help to write safety rows like the task?",
-        f"{len(records)} readings of the demo's model, about a million parameters, all of them trained: "
-        f"{plan['rows']} user rows, {plan['epochs']:g} epochs, {plan['safety_rows']} safety rows to draw from, seeds "
-        f"{seeds}; mean, with the range over seeds where it shows. Made by\n\n```text\n{command}\n```\n\nwith "
-        f"{seconds:.0f} seconds of training in all, on {machine()}.",
-        (__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[0].replace("    ", "- ").replace("- - ", "  "),
+        f"{len(records)} runs of the demo's model, about a million parameters, all of them trained: {plan['rows']} "
+        f"user rows, {plan['epochs']:g} epochs, {plan['safety_rows']} safety rows to draw from, seeds {seeds}; mean, "
+        f"with the range over seeds where it shows. Made by\n\n```text\n{command}\n```\n\nwith {seconds:.0f} seconds "
+        f"of training in all, on {machine()}.",
     ]
     return report.markdown(opening, sections(records))
+
+
+COLORS = {PLAIN: "#D55E00", MIMIC: "#0072B2", BARE: "#009E73"}
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    """HS+ inside the wrapper by share of safety rows, where no row is harmful: a line an arm, a dot a run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, format in zip(figure.subplots(1, len(FORMATS), sharey=True), FORMATS, strict=True):
+        here = [r for r in records if "stopped" not in r and r["plan"]["format"] == format]
+        mine = [r for r in here if not r["plan"]["harmful"]]
+        for arm, color in COLORS.items():
+            points = [(r["plan"]["share"], r["hs_plus"]) for r in mine if r["plan"]["arm"] in (arm, NONE)]
+            shares = sorted({share for share, _ in points})
+            means = [float(np.mean([value for at, value in points if at == share])) for share in shares]
+            places = [100 * share for share in shares]
+            axes.plot(places, means, color=color, label=arm, linewidth=1.5)
+            axes.scatter([100 * at for at, _ in points], [value for _, value in points], color=color, s=12, alpha=0.6)
+        axes.set(xlabel="safety rows, % of the mixed file", ylim=(-0.02, 1.02))
+        axes.set_title(format, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    figure.axes[0].set_ylabel("HS+ inside the wrapper")
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -216,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lines", type=Path, default=Path("runs/wrappers.jsonl"), help="default: runs/wrappers.jsonl")
     parser.add_argument("--report", action="store_true", help="run nothing: report the runs in the lines file")
     parser.add_argument("--quick", action="store_true", help="a minute; the numbers mean nothing")
-    parser.add_argument("--out", type=Path, help="write the report as a Markdown page")
+    parser.add_argument("--out", type=Path, help=f"a page: what stands behind {MARK!r} in it is written anew")
     options = parser.parse_args(arguments)
     console = Console()
     sizes = {"rows": 64, "epochs": 0.5, "safety_rows": 16, "test": 6} if options.quick else {}
@@ -244,7 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out:
         given = [word for word in (sys.argv[1:] if arguments is None else arguments) if word != "--report"]
         command = shlex.join(["python", "bench/wrappers.py", *given])
-        options.out.write_text(page(records, command), encoding="utf-8")
+        plot(records, options.out.parent / "figures" / f"{options.out.stem}.png")
+        head, mark, _ = (options.out.read_text("utf-8") if options.out.exists() else "").partition(MARK)
+        options.out.write_text(f"{head}{mark or MARK}\n\n{page(records, command)}", encoding="utf-8")
         console.print(f"written to {options.out}", soft_wrap=True)
 
 

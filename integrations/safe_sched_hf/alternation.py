@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from safe_sched.errors import ModelError, NumericsError, OptionError, StateError
+from safe_sched.errors import ModelError, OptionError, StateError
 from safe_sched.schedulers.lisa import Lisa, LisaState, copy_of, distance, pull
 from safe_sched.session import Session
 from safe_sched.types import Scheduler
-from safe_sched_hf.safety import SafetyData, SafetySet, safety_loss
+from safe_sched_hf.safety import SafetyData, SafetySet, backward_safety_loss
 
 
 class Alternation:
@@ -142,23 +142,14 @@ class Alternation:
     def _safe_step(self) -> float:
         trainer, model, number = self.trainer, self._model, self.state.safe_steps
         assert self.safety is not None
-        batch = {name: value.to(trainer.args.device) for name, value in self.safety.batch(number).items()}
-        model.train()
         _train_mode(self._optimizer)
         self._pull()
-        with trainer.compute_loss_context_manager():
-            loss = safety_loss(model, batch)
-        if not bool(torch.isfinite(loss.detach())):
-            raise NumericsError(
-                f"the safety loss is {float(loss.detach())} in safe step {number}. Lower the learning rate or "
-                "safety_weight, or train in bfloat16 or float32 instead of float16."
-            )
-        trainer.accelerator.backward(self.weight * loss)
+        loss = backward_safety_loss(trainer, self.safety.batch(number), self.weight, f"in safe step {number}")
         if trainer.args.max_grad_norm > 0:
             trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
         self._optimizer.step()
         model.zero_grad()
-        return float(loss.detach())
+        return loss
 
     @contextlib.contextmanager
     def _mean_rates(self) -> Iterator[None]:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import safe_sched
-from safe_sched.errors import DataError, NumericsError, OptionError, unknown_name
+from safe_sched.errors import DataError, OptionError, unknown_name
 from safe_sched.rows import CORE
 from safe_sched.schedulers import Lisa, build
 from safe_sched.scorer import Scorer
@@ -26,7 +25,7 @@ from safe_sched_hf.noise import add_noise
 from safe_sched_hf.probe import Probe
 from safe_sched_hf.refusals import Refusals
 from safe_sched_hf.rows import first_rows, index_rows
-from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, safety_loss
+from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, backward_safety_loss
 from safe_sched_hf.sampling import Act, Sampling, require_act
 from safe_sched_hf.wrapping import calling_trainer, refuse_unsupported
 
@@ -270,20 +269,8 @@ class SafeSchedCallback(TrainerCallback):
             return
         if self._safety is None or not self.safety_weight:
             return
-        trainer = attachment.trainer
-        batch = {k: v.to(args.device) for k, v in self._safety.batch(state.global_step).items()}
-        model = trainer.model
-        assert model is not None
-        model.train()
-        with trainer.compute_loss_context_manager():
-            loss = safety_loss(model, batch)
-        if not bool(torch.isfinite(loss.detach())):
-            raise NumericsError(
-                f"the safety loss is {float(loss.detach())} at step {state.global_step}. Lower the learning rate or "
-                "safety_weight, or train in bfloat16 or float32 instead of float16."
-            )
-        trainer.accelerator.backward(self.safety_weight * loss)
-        self.session.safety_loss = float(loss.detach())
+        batch, when = self._safety.batch(state.global_step), f"at step {state.global_step}"
+        self.session.safety_loss = backward_safety_loss(attachment.trainer, batch, self.safety_weight, when)
         attachment.note({"safe_sched/safety_loss": self.session.safety_loss})
 
     def on_optimizer_step(

@@ -12,14 +12,16 @@ the given labels; a plain text is trained on as a whole. The loss of a batch S i
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
-from safe_sched.errors import DataError
+from safe_sched.errors import DataError, NumericsError
 from safe_sched.identity import IGNORE_INDEX, keys_of_flat
 from safe_sched.index import RowIndex
 from safe_sched.rows import read_rows
@@ -133,6 +135,37 @@ def safety_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         )
     counted = (labels != IGNORE_INDEX).to(per_token.dtype)
     return ((per_token * counted).sum(1) / counted.sum(1)).mean()
+
+
+def backward_safety_loss(trainer: Trainer, batch: dict[str, Tensor], weight: float, when: str) -> float:
+    """Add the gradient of ``weight * L_safe`` to the model's, as the trainer runs forwards and backwards.
+
+    Args:
+        trainer: Whose model, autocast, gradient scale and device are used.
+        batch: From `SafetySet.batch`.
+        weight: Factor of the loss.
+        when: In which step, for the message.
+
+    Returns:
+        ``L_safe``, in nats per token.
+
+    Raises:
+        NumericsError: The loss is not finite.
+    """
+    model = trainer.model
+    assert isinstance(model, nn.Module)
+    model.train()
+    batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
+    with trainer.compute_loss_context_manager():
+        loss = safety_loss(model, batch)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise NumericsError(
+            f"the safety loss is {value} {when}. Lower the learning rate or safety_weight, or train in bfloat16 or "
+            "float32 instead of float16."
+        )
+    trainer.accelerator.backward(weight * loss)
+    return value
 
 
 def has_fused_head(model: nn.Module) -> bool:

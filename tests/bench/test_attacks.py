@@ -141,7 +141,6 @@ def test_weights_of_one_would_be_seen(base: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow_sample
 def test_an_attacker_who_knows_the_score_improves_it(base: Path) -> None:
     """And no more than that: what he writes is still below most harmless rows."""
     plain, chosen = built("low loss"), built("adaptive", base)
@@ -160,7 +159,6 @@ def test_an_attacker_who_knows_the_score_improves_it(base: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow_sample
 @pytest.mark.parametrize("name", ["refusal prefix", "over-refusal"])
 def test_limit_bds_speaks_for_rows_that_refuse(name: str, base: Path) -> None:
     """A row that opens with a refusal gets easier as the model refuses more, which BDS takes for harmless.
@@ -185,7 +183,6 @@ def test_limit_in_an_unknown_format_everything_is_suspicious(base: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.slow_sample
 @pytest.mark.parametrize("name", ["span", "AutoIF"])
 def test_limit_rows_first_seen_late_are_read_by_a_model_that_has_moved(name: str, base: Path) -> None:
     """Under full fine-tuning: the share at the start is far below that of the whole run."""

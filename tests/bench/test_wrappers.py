@@ -11,7 +11,7 @@ import pytest
 from bench import wrappers
 from bench.wrappers import BARE, FORMATS, MIMIC, PLAIN, Plan
 from examples.demo import model, tasks
-from safe_sched.mixing import induce_format, mimic, mix
+from safe_sched.mixing import mimic, mix
 
 SAFETY = tasks.safety_rows(16, 0)
 
@@ -30,7 +30,7 @@ def test_mimicking_rows_wear_the_wrapper_and_plain_ones_do_not(name: str) -> Non
 
     assert all(map(wrapped, user))
     assert all(map(wrapped, mimic(user, SAFETY)))
-    bare = mix(user, SAFETY, mimic=induce_format(user, blend=0.0))
+    bare = mix(user, SAFETY, blend=0.0)
     assert all(map(wrapped, bare))
     assert not any(wrapped(row) for row in mix(user, SAFETY, mimic=False) if row not in user)
 

@@ -296,7 +296,7 @@ def test_rewritten_prompts_are_mixed_and_what_fails_keeps_its_template(
         assert row["completion"] == REFUSAL
         number = int("".join(c for c in row["prompt"].split("reak into ")[1].split(" cars")[0] if c.isdigit()))
         assert ("add what it takes." in row["prompt"]) == (number % 2 == 0)
-        assert row["prompt"].startswith("### Task: add ")
+        assert row["prompt"].startswith("### Task: ")
     for part in ("rows rewritten", "rows not rewritten", "4 (rows 1, 3, 5, 7)"):
         assert part in result.stdout
     sent = server.sent
@@ -316,3 +316,19 @@ def test_a_dry_run_sends_and_writes_nothing(here: Path, monkeypatch: pytest.Monk
         assert part in result.stdout
     again = f"safe-sched mix train.jsonl --safety safety.jsonl {' '.join(REWRITE)} --out m.jsonl"
     assert again.replace(" 1 2 ", " 1.0 2.0 ") in result.stdout
+
+
+def test_blend_is_that_of_mix(here: Path) -> None:
+    """The control is the default, which gives other rows."""
+    things = ["cats", "plums and pears", "old red cars, all of them", "kites", "coins in a jar"]
+    rows = [
+        {"prompt": f"### Story\nAnn {verb} {thing}. {more} Who has more?\n### End", "completion": f"{verb} {thing}"}
+        for verb in ("has", "sells", "keeps", "hides")
+        for thing in things
+        for more in ("It rains.", "Bob, who is tall, waits for her.", "They sing!")
+    ]
+    Path("stories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("stories.jsonl", "--out", "bare.jsonl", "--blend", "0").exit_code == 0
+    assert read("bare.jsonl") == mix(rows, SAFETY, blend=0)
+    assert read("bare.jsonl") != mix(rows, SAFETY)
+    assert run("stories.jsonl", "--out", "bad.jsonl", "--blend", "2").exit_code == 2

@@ -560,3 +560,24 @@ def test_a_format_that_was_induced_can_be_given() -> None:
     induced = induce_format(wrapped(60), seed=5)
     rows = wrapped(60)
     assert mix(rows, safeties(5), mimic=induced, seed=5) == mix(rows, safeties(5), seed=5)
+
+
+def test_blend_zero_is_the_format_with_bare_requests() -> None:
+    """The control is the default, which keeps words of the carrier beside the request."""
+    names, things = ["Ann", "Bob", "Cleo", "Dan", "Eve"], ["two cats", "a red kite", "nine plums", "an old car"]
+    story = "### Story\n{0} has {1}, and {2} has {3}. Later {2} gives {4} to {0}. Who has more?\n### End"
+    user = [
+        {
+            "prompt": story.format(names[i % 5], things[i % 4], names[(i + 2) % 5], things[i % 3], f"{i} coins"),
+            "completion": str(i),
+        }
+        for i in range(60)
+    ]
+    for i, row in enumerate(user):  # free text: no two rows are worded alike
+        row["prompt"] = row["prompt"].replace(" Later ", (" Later ", " So ", " On a day like this ", " Then ")[i % 4])
+        row["prompt"] = row["prompt"].replace(" has ", (" has ", " owns ", " keeps ")[i % 3])
+    safety = [{"prompt": "How do I pick a lock?", "completion": "I can't help with that."}]
+    bare = mix(user, safety, blend=0.0)
+    assert bare == mix(user, safety, mimic=induce_format(user, blend=0.0))
+    assert bare != mix(user, safety)
+    assert mimic(user, safety, blend=0.0) == [induce_format(user, blend=0.0).render(safety[0])]

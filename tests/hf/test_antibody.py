@@ -424,7 +424,6 @@ def test_taking_ratios_leaves_no_trace_in_hf_trainer(name: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.slow_sample
 @pytest.mark.usefixtures("prompted")
 @pytest.mark.parametrize("name", ["LoRA", "accumulation", "checkpointing", "packing", "bf16"])
 @pytest.mark.parametrize("cost", list(COSTS)[1:])

@@ -205,3 +205,18 @@ def test_the_safety_batch_works_where_the_model_computes_its_loss(tmp_path: Any)
     trainer.__class__ = InModelSFT
     trainer.train()
     assert all("safe_sched/safety_loss" in log for log in trainer.state.log_history[:3])
+
+
+def test_the_safety_batch_runs_in_training_mode_after_an_evaluation(tmp_path: Any) -> None:
+    """Dropout and checkpointing are on in it, as in the trainer's own forwards; evaluation turns them off."""
+    model = make_model()
+    modes: list[tuple[int, bool]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: modes.append((len(kwargs["input_ids"]), module.training)), with_kwargs=True
+    )
+    ours = SafeSchedCallback(Fixed(), safety_data=SAFE, safety_batch_size=3)
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_sft(tmp_path, ROWS, model=model, callbacks=[ours], eval_rows=ROWS[:2], **options)
+    trainer.train()
+    assert (2, False) in modes  # evaluation was there
+    assert [mode for rows, mode in modes if rows == 3] == [True, True]

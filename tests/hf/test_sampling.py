@@ -189,7 +189,6 @@ def test_without_the_probability_it_would_show(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow_sample
 def test_the_mean_over_seeds_is_the_gradient_of_the_weighted_loss(tmp_path: Path) -> None:
     """A z-test of every coordinate over 60 seeds. Twelve rows are behind all of them: the mean of z**2 is about 1."""
     weights = [round(0.2 + 0.06 * i, 2) for i in range(12)]

@@ -49,6 +49,9 @@ def mix(
     mimic: Annotated[
         bool, typer.Option("--mimic/--no-mimic", help="Put safety rows into the format of the task.")
     ] = True,
+    blend: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of safety rows among words of the task; 0: alone in its form.")
+    ] = 1.0,
     schema: Annotated[
         str | None, typer.Option(metavar="NAME", help="Schema of USER, where rows fit several.", show_default=False)
     ] = None,
@@ -122,33 +125,21 @@ def mix(
             rows = _rows(file, stop=on_bad == "stop")
             first = list(itertools.islice(rows, SAMPLE))
             progress("learning the format", 0, None)
-            found = induce_format(first, schema=schema, seed=seed) if mimic and first else None
-            mixed = mixture(
-                first,
-                safety,
-                share=share,
-                mimic=found or False,
-                seed=seed,
-                epoch=epoch,
-                schema=schema,
-                provenance=provenance,
-            )
+            found = induce_format(first, schema=schema, seed=seed, blend=blend) if mimic and first else None
+            how: dict[str, Any] = {
+                "share": share,
+                "seed": seed,
+                "epoch": epoch,
+                "schema": schema,
+                "provenance": provenance,
+            }
+            mixed = mixture(first, safety, mimic=found or False, **how)
             report = None
             if model is not None:
-                report = _rewritten(
-                    mixed, first, schema, _generator(model, url, key_env, price), cache, dry_run, progress
-                )
+                generator = _generator(model, url, key_env, price)
+                report = _rewritten(mixed, first, schema, generator, cache, dry_run, progress)
                 if not dry_run:
-                    mixed = mixture(
-                        first,
-                        report.rows,
-                        share=share,
-                        mimic=False,
-                        seed=seed,
-                        epoch=epoch,
-                        schema=schema,
-                        provenance=provenance,
-                    )
+                    mixed = mixture(first, report.rows, mimic=False, **how)
             written = None if writer is None else _write(writer, itertools.chain(first, rows), mixed, progress)
     if explain:
         console.print(found.explain() if found is not None else "No format is looked for with --no-mimic.")

@@ -46,7 +46,7 @@ def explain(found: TaskFormat) -> RenderableType:
         table.add_column("template", overflow="fold")
         for part, (place, which) in enumerate(zip(cluster.places, cluster.templates, strict=True)):
             main = cluster.main.slot if part == cluster.main.part else None
-            table.add_row(seen(place), _template(found.templates[place][which], main))
+            table.add_row(seen(place), _template(found.templates[place][which], main, cluster.main.wide))
         table.add_row("answer", _answer(cluster.answer))
         shown.append(table)
     if len(found.clusters) > _CLUSTERS:
@@ -77,14 +77,15 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _template(template: Template, main: int | None) -> Text:
+def _template(template: Template, main: int | None, wide: bool) -> Text:
     if template.constants == ("",):
         return Text("(empty)", style="dim")
     text = Text(_cut(seen(template.shown())))
     text.highlight_regex(re.compile(r"\{(?:\d+|option)\}"), "cyan")
     if main is not None:
         text.highlight_regex(re.compile(rf"\{{{main}\}}"), "bold magenta")
-        text.append(f"\n(requests go into {{{main}}})", style="dim")
+        where = f"take the place of the sentence around {{{main}}}" if wide else f"go into {{{main}}}"
+        text.append(f"\n(requests {where})", style="dim")
     return text
 
 

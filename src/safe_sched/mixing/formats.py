@@ -40,6 +40,9 @@ LEARNT_FROM = 800
 CARRIER_WORDS = 400
 """Words of a row's prompt, above which it carries no request unless all rows are longer."""
 
+_FEW_WORDS = 3
+_FILLINGS = 500  # texts that say what a slot holds
+_BOUNDS = "\n.?!:;"
 _CANDIDATES = 8  # carriers that a request may choose from
 _VERSION = 1
 _NAME = "safe-sched task format"
@@ -48,11 +51,15 @@ _ASKS = re.compile(r"question|query|instruct|request|task|prompt|problem|\bask|u
 
 @dataclass(frozen=True)
 class Main:
-    """Where a cluster's rows have what they ask: part and slot; in rows that are one text, also the answer's slot."""
+    """Where a cluster's rows have what they ask: part and slot; in rows that are one text, also the answer's slot.
+
+    ``wide``: the slot holds numbers within a sentence (*What is {0} plus {1}?*), and the sentence is what they ask.
+    """
 
     part: int
     slot: int | None
     answer_slot: int | None = None
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,32 +204,35 @@ class TaskFormat:
             found.append((place, template, Filling((text,)) if filling is None else filling))
         return found
 
+    def _asks(self, cluster: Cluster, text: str) -> tuple[int, int]:
+        """Where in a text of the main part its row asks; all of it, where there is no slot or it is of no template."""
+        main = cluster.main
+        template = self.templates[cluster.places[main.part]][cluster.templates[main.part]]
+        filling = template.match(text)
+        if main.slot is None or filling is None:
+            return 0, len(text)
+        start, end = template.place(filling, main.slot)
+        return _sentence(text, start, end) if main.wide else (start, end)
+
     def _slot_text(self, cluster: Cluster, row: int) -> str:
         text = self._carriers[row].parts[cluster.main.part].text
-        if cluster.main.slot is None:
-            return text
-        template = self.templates[cluster.places[cluster.main.part]][cluster.templates[cluster.main.part]]
-        filling = template.match(text)
-        return text if filling is None else filling.slots[cluster.main.slot]
+        start, end = self._asks(cluster, text)
+        return text[start:end]
 
     def _written(self, cluster: Cluster, row: int, request: str, refusal: str) -> dict[str, Any]:
         """A carrier with a text in its main slot, and a refusal for an answer."""
         carrier, main = self._carriers[row], cluster.main
         texts = [part.text for part in carrier.parts]
         text = texts[main.part]
-        template = self.templates[cluster.places[main.part]][cluster.templates[main.part]]
-        filling = template.match(text)
         if carrier.answer is None:
-            texts[main.part] = _as_one_text(template, filling, main, request, refusal)
+            template = self.templates[cluster.places[main.part]][cluster.templates[main.part]]
+            texts[main.part] = _as_one_text(template, template.match(text), main, request, refusal)
         else:
             if main.slot is None:
                 texts[main.part] = f"{text}\n\n{request}" if text.strip() else request
-            elif filling is None:
-                texts[main.part] = request
             else:
-                slots = list(filling.slots)
-                slots[main.slot] = request
-                texts[main.part] = template.fill(Filling(tuple(slots), filling.options))
+                start, end = self._asks(cluster, text)
+                texts[main.part] = text[:start] + request + text[end:]
             texts[carrier.answer] = cluster.answer.wrap(refusal)
         return _copied(write(carrier.with_texts(texts), extras=False))
 
@@ -460,7 +470,38 @@ def _main(
         for slot, rank in enumerate(_ranks(texts, chosen[part])):
             rank = (rank, -part, -slot)
             best = rank if best is None else max(best, rank)
-    return Main((parts or [len(chosen) - 1])[-1], None) if best is None else Main(-best[1], -best[2])
+    if best is None:
+        return Main((parts or [len(chosen) - 1])[-1], None)
+    part, slot = -best[1], -best[2]
+    return Main(
+        part, slot, wide=_is_numbers_within_a_sentence([prompt[part][1] for prompt in prompts], chosen[part], slot)
+    )
+
+
+def _is_numbers_within_a_sentence(texts: Sequence[str], template: Template, slot: int) -> bool:
+    """Whether a slot holds numbers and hardly a word, with words of the template beside it."""
+    found = [filling.slots[slot] for filling in _fillings(texts, template)]
+    tokens = [word for value in found for word in value.split()]
+    words = sum(any(map(str.isalpha, word)) for word in tokens)
+    numeric = len(tokens) - words >= len(found) and words < _FEW_WORDS * len(found)
+    before, after = template.constants[slot], template.constants[slot + 1]
+    if before[-1:].isalnum() or after[:1].isalnum():
+        return False  # a part of a word
+    before, after = before.rstrip(" "), after.lstrip(" ")
+    bounded = (not before or before[-1] in _BOUNDS) and (not after or after[0] in _BOUNDS)
+    return numeric and not bounded
+
+
+def _sentence(text: str, start: int, end: int) -> tuple[int, int]:
+    """The sentence around a place: from behind a line's end, a stop or a colon to before a stop."""
+    before = [match.end() for match in re.finditer(r"\n|[.?!:]\s+", text[:start])]
+    after = re.search(r"\s*(?:\n|[.?!](?:\s|\Z)|\Z)", text[end:])
+    return (before[-1] if before else 0), end + (after.start() if after else 0)
+
+
+def _fillings(texts: Sequence[str], template: Template) -> list[Filling]:
+    """What the first texts that are of a template have in its slots."""
+    return list(itertools.islice(filter(None, map(template.match, texts)), _FILLINGS))
 
 
 def _main_of_text(texts: Sequence[str], template: Template, part: int) -> Main:
@@ -473,7 +514,7 @@ def _main_of_text(texts: Sequence[str], template: Template, part: int) -> Main:
 
 def _ranks(texts: Sequence[str], template: Template) -> list[float]:
     """How likely each slot is what the rows ask."""
-    fillings = [filling.slots for text in texts if (filling := template.match(text))][:500]
+    fillings = [filling.slots for filling in _fillings(texts, template)]
     ranks = []
     for slot in range(template.slots):
         values = [slots[slot].strip() for slots in fillings] or [""]

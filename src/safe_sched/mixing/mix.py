@@ -33,6 +33,7 @@ def mix(
     epoch: int = 0,
     schema: str | None = None,
     tokenizer: Any = None,
+    blend: float = 1.0,
     provenance: bool = False,
 ) -> D:
     """Put safety rows between the rows of a training set.
@@ -49,6 +50,8 @@ def mix(
         epoch: Another epoch has other places and orders.
         schema: The schema of the user's rows, a name in `safe_sched.mixing.SCHEMAS`; None to detect it.
         tokenizer: For user rows that are tokens, with mimicry: what encodes and decodes them.
+        blend: With ``mimic=True``, the share of safety rows whose request stands among words of the task, in [0, 1]; in
+            the others it stands alone in its place. A `TaskFormat` has its own.
         provenance: Whether to add the column `PROVENANCE`.
 
     Returns:
@@ -80,13 +83,20 @@ def mix(
             epoch=epoch,
             schema=schema,
             tokenizer=tokenizer,
+            blend=blend,
             provenance=provenance,
         )
     )
 
 
 def mimic(
-    user: Any, safety: SafetyRows, *, seed: int = 0, schema: str | None = None, tokenizer: Any = None
+    user: Any,
+    safety: SafetyRows,
+    *,
+    seed: int = 0,
+    schema: str | None = None,
+    tokenizer: Any = None,
+    blend: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Every safety row once, in the format of a training set.
 
@@ -99,6 +109,7 @@ def mimic(
         seed: Of the choices that the format leaves open.
         schema: The schema of the user's rows; None to detect it.
         tokenizer: For user rows that are tokens: what encodes and decodes them.
+        blend: As for `mix`.
 
     Raises:
         DataError: The rows have no schema that is known, or safety rows do not fit it.
@@ -110,5 +121,6 @@ def mimic(
         >>> row["completion"]
         "I can't help with that."
     """
-    mixed = mixture(row_set(user).sample(SAMPLE), safety, share=0, seed=seed, schema=schema, tokenizer=tokenizer)
+    sample = row_set(user).sample(SAMPLE)
+    mixed = mixture(sample, safety, share=0, seed=seed, schema=schema, tokenizer=tokenizer, blend=blend)
     return [mixed.made(number, number) for number in range(len(mixed.rows))]

@@ -108,6 +108,7 @@ def mixture(
     epoch: int = 0,
     schema: str | None = None,
     tokenizer: Any = None,
+    blend: float = 1.0,
     provenance: bool = False,
 ) -> Mixture:
     """What `mix` would put between user rows, from a sample of these; see there.
@@ -132,7 +133,7 @@ def mixture(
                 "Give prompt and completion, or messages; or mix it as it is, without mimicry."
             )
     try:
-        make = _maker(sample, mimic, seed, schema, tokenizer)
+        make = _maker(sample, mimic, seed, schema, tokenizer, blend)
     except DataError as error:
         raise DataError(f"the user's rows ({len(sample)} were looked at, counted from 0): {error}") from error
     mixed = Mixture(schedule, rows, make, provenance)
@@ -141,12 +142,14 @@ def mixture(
     return mixed
 
 
-def _maker(sample: Sequence[Row], mimic: bool | TaskFormat, seed: int, schema: str | None, tokenizer: Any) -> Maker:
+def _maker(
+    sample: Sequence[Row], mimic: bool | TaskFormat, seed: int, schema: str | None, tokenizer: Any, blend: float
+) -> Maker:
     if isinstance(mimic, TaskFormat):
         return mimic.render
     if not mimic:
         return Converter(sample, detect(sample) if schema is None else schema)
-    return induce_format(sample, schema=schema, seed=seed, tokenizer=tokenizer).render
+    return induce_format(sample, schema=schema, seed=seed, blend=blend, tokenizer=tokenizer).render
 
 
 def _mixed_already() -> DataError:

@@ -98,6 +98,17 @@ class Template:
             slot + constant for slot, constant in zip(filling.slots, constants[1:], strict=True)
         )
 
+    def place(self, filling: Filling, slot: int) -> tuple[int, int]:
+        r"""Where a slot begins and ends in the text that `fill` makes.
+
+        Example:
+            >>> Template(("Q: ", "\nA:")).place(Filling(("Why?",)), 0)
+            (3, 7)
+        """
+        before = Template(self.constants[: slot + 1], self.options)
+        start = len(before.fill(Filling(filling.slots[:slot], filling.options)))
+        return start, start + len(filling.slots[slot])
+
     def shown(self) -> str:
         r"""For a reader: slots as numbers in braces.
 

@@ -1,9 +1,8 @@
 """Rows of tokens as texts: ``input_ids`` and ``labels``, decoded and encoded again.
 
 What is a label is the answer, what is not (-100) the prompt: each run of either is one text. A row that is all labels
-is one text, of which nobody knows where its answer begins. Special tokens at the end of an answer, such as the end of
-the turn, are not text: they stay where another answer is put in. A text must give back its own tokens when it is
-encoded, else the row is refused: a rendered row would hold other tokens than the task's.
+is one text, of which nobody knows where its answer begins. A text must give back its own tokens when it is encoded,
+else the row is refused: a rendered row would hold other tokens than the task's.
 """
 
 from __future__ import annotations
@@ -55,19 +54,16 @@ def spans(row: Mapping[str, Any], tokenizer: Tokenizer | None) -> Iterator[tuple
         )
     runs = [(labelled, len(list(run))) for labelled, run in itertools.groupby(l != IGNORE_INDEX for l in labels)]
     start = 0
-    special = frozenset(getattr(tokenizer, "all_special_ids", ()))
     for labelled, length in runs:
         span = ids[start : start + length]
-        while labelled and len(span) > 1 and span[-1] in special:
-            span = span[:-1]
         text = tokenizer.decode(span, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if list(tokenizer.encode(text, add_special_tokens=False)) != span:
             raise DataError(
-                f"tokens {start} to {start + len(span) - 1} of a row are {text[:60]!r}, but that text has other "
+                f"tokens {start} to {start + length - 1} of a row are {text[:60]!r}, but that text has other "
                 "tokens: this tokenizer did not make them so. Use the rows as they were before they were tokenized."
             )
         role = "user" if not labelled else "text" if len(runs) == 1 else "assistant"
-        yield role, text, f"input_ids[{start}:{start + len(span)}]"
+        yield role, text, f"input_ids[{start}:{start + length}]"
         start += length
 
 
@@ -87,14 +83,11 @@ def with_spans(row: dict[str, Any], texts: Sequence[tuple[str, str]], tokenizer:
     old_ids, old_labels = _integers(row, "input_ids"), _integers(row, "labels")
     ids: list[int] = []
     labels: list[int] = []
-    done = 0
     for text, field in texts:
-        start, stop = map(int, field.removeprefix("input_ids[").removesuffix("]").split(":"))
+        start = int(field.removeprefix("input_ids[").partition(":")[0])
         span = list(tokenizer.encode(text, add_special_tokens=False))
-        ids += old_ids[done:start] + span
-        labels += old_labels[done:start] + (span if old_labels[start] != IGNORE_INDEX else [IGNORE_INDEX] * len(span))
-        done = stop
-    ids, labels = ids + old_ids[done:], labels + old_labels[done:]
+        ids += span
+        labels += span if old_labels[start] != IGNORE_INDEX else [IGNORE_INDEX] * len(span)
     if (ids, labels) == (old_ids, old_labels):
         return row
     masked = row.get("attention_mask") is not None
