@@ -1,4 +1,5 @@
-# Needs Python 3.11 and make. Everything else is installed into .venv, at the versions in constraints.txt.
+# Needs Python 3.11 and make. Everything else is installed into .venv, at the versions in constraints.txt; for the tests
+# with Axolotl, which pins other versions, into .venv-axolotl, at those in constraints-axolotl.txt.
 
 # Another interpreter: make PYTHON=/path/to/python3.11
 PYTHON ?= $(shell for p in python3.11 python3; do \
@@ -6,8 +7,13 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+AXOLOTL := .venv-axolotl
+AXOLOTL_STAMP := $(AXOLOTL)/.installed
 # Passed on to pytest: make test PYTEST_ARGS="-x -k gate"
 PYTEST_ARGS ?=
+AXOLOTL_ARGS ?=
+# beside Axolotl's own tests, some of the callback's, with the versions of transformers and TRL that Axolotl pins
+AXOLOTL_TESTS ?= tests/axolotl tests/hf/test_gradients.py tests/hf/test_settings.py
 
 # Nothing here needs the network or a GPU once the environment is built.
 export HF_HUB_OFFLINE ?= 1
@@ -23,7 +29,7 @@ MAKEFLAGS += --no-builtin-rules
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lint types imports docs bench clean distclean
+.PHONY: help env demo test axolotl check lint types imports docs bench clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r t d; do \
@@ -42,11 +48,24 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## a fine-tuning run on poisoned data, with and without the defence
 	$(BIN)/python -m examples.demo
 
-test: $(STAMP) ## tests and doctests, without the slow ones
+test: $(STAMP) ## tests and doctests, without the slow ones; without PYTEST_ARGS also those with Axolotl
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(if $(strip $(PYTEST_ARGS)),,@$(MAKE) axolotl)
+
+$(AXOLOTL_STAMP): pyproject.toml constraints-axolotl.txt
+	@test -x $(AXOLOTL)/bin/python || test -n "$(PYTHON)" || { echo "Python 3.11 was not found" >&2; exit 1; }
+	@test -x $(AXOLOTL)/bin/python || "$(PYTHON)" -m venv $(AXOLOTL)
+	@echo "Installing Axolotl and what it pins into $(AXOLOTL); the first time takes a few minutes."
+	$(AXOLOTL)/bin/python -m pip install -qq --no-input --no-compile -c constraints-axolotl.txt -e ".[axolotl]" \
+	  pytest pytest-timeout
+	@touch $@
+
+axolotl: $(AXOLOTL_STAMP) ## tests with Axolotl and the versions that it pins, in .venv-axolotl
+	CUDA_VISIBLE_DEVICES= AXOLOTL_DO_NOT_TRACK=1 $(AXOLOTL)/bin/python -m pytest -p no:anyio $(AXOLOTL_ARGS) $(AXOLOTL_TESTS)
 
 check: lint types imports docs ## all that a change must pass: the four below, then the tests with a sample of the slow ones
 	$(BIN)/python -m pytest -m "slow_sample or not slow" $(PYTEST_ARGS)
+	@$(MAKE) axolotl AXOLOTL_ARGS='-m "slow_sample or not slow"'
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -66,7 +85,7 @@ bench: $(STAMP) ## what the gate costs per step
 
 clean: ## remove what builds and tests leave behind
 	rm -rf build dist docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
-distclean: clean ## remove .venv as well
-	rm -rf $(VENV)
+distclean: clean ## remove the environments as well
+	rm -rf $(VENV) $(AXOLOTL)

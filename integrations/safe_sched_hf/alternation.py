@@ -21,7 +21,8 @@ from safe_sched.errors import ModelError, OptionError, StateError
 from safe_sched.schedulers.lisa import Lisa, LisaState, copy_of, distance, pull
 from safe_sched.session import Session
 from safe_sched.types import Scheduler
-from safe_sched_hf.safety import SafetyData, SafetySet, backward_safety_loss
+from safe_sched_hf.ranks import telling
+from safe_sched_hf.safety import SafetyData, SafetySet, backward_safety_share
 
 
 class Alternation:
@@ -144,7 +145,12 @@ class Alternation:
         assert self.safety is not None
         _train_mode(self._optimizer)
         self._pull()
-        loss = backward_safety_loss(trainer, self.safety.batch(number), self.weight, f"in safe step {number}")
+        exchange = self.session.exchange
+        with telling(exchange):
+            # no backward of the trainer's follows in which the ranks would average their gradients
+            loss = backward_safety_share(
+                trainer, self.safety, number, self.weight, f"in safe step {number}", exchange, reduce=exchange.ranks > 1
+            )
         if trainer.args.max_grad_norm > 0:
             trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
         self._optimizer.step()

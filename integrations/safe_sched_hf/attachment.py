@@ -44,6 +44,7 @@ from safe_sched.session import Batch, Session
 from safe_sched.types import evidential, experts_of
 from safe_sched_hf.features import RowFeatures
 from safe_sched_hf.probe import Probe, adapter_active, lines_log_probs
+from safe_sched_hf.ranks import telling
 from safe_sched_hf.refusals import Refusals
 from safe_sched_hf.rows import batch_fields
 from safe_sched_hf.sampling import Sampling
@@ -69,9 +70,10 @@ class Attachment(Wrapping):
         self.refusals = refusals
         self.sampling = sampling
         self.features = RowFeatures.wanted_by(session.scheduler, trainer.processing_class, trainer.args.device)
+        self._sharded = bool(trainer.is_fsdp_enabled)  # every forward then takes all ranks
         self._queue: list[tuple[Batch, float] | None] = []  # None: an idle micro-batch
         self._seen: dict[str, Tensor] = {}
-        self._moved: tuple[Tensor, Tensor] | None = None
+        self._moved: tuple[Tensor, Tensor | None] | None = None
         # micro-batches of the last steps, for a second look at rows that were measured in a time of noise
         self._past: deque[tuple[dict[str, Any], Batch]] = deque(maxlen=_PAST)
 
@@ -79,26 +81,34 @@ class Attachment(Wrapping):
 
     def _get_batch_samples(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         samples, num_items = original(*args, **kwargs)
-        if samples:
-            step = None if self.sampling is None else self.sampling.draws.take(len(samples))
-            idle = [False] * len(samples) if step is None else [batch.idle for batch in step.batches]
+        with telling(self.session.exchange):
+            return samples, self._begin_step(samples, num_items)
+
+    def _begin_step(self, samples: list[Any], num_items: Any) -> Any:
+        ranks = self.session.exchange.ranks
+        if samples or ranks > 1:
+            turn = None if self.sampling is None else self.sampling.take(len(samples))
+            idle = [False] * len(samples) if turn is None else turn.idle
             present = [inputs for inputs, nothing in zip(samples, idle, strict=True) if not nothing]
             if num_items is not None and len(present) < len(samples):
                 num_items = self.trainer._get_num_items_in_batch(present, self.trainer.args.device)
             fields = [batch_fields(inputs) for inputs in present]
-            batches = self.session.begin_step(fields)
-            rows = sum(int((batch.slots >= 0).sum()) for batch in batches)
-            if self.sampling is not None and step is not None:
-                rows = step.rows
+            stand_ins = [] if turn is None else [s for s, i in zip(turn.stand_ins, idle, strict=True) if not i]
+            batches = self.session.begin_step(fields, stand_ins)
+            rows = self.session.step_rows
+            if self.sampling is not None and turn is not None:
+                rows = turn.rows
                 mean = "row" if self.session.normalizer == "row" else "batch" if num_items is None else "step"
-                self.sampling.scale(step, batches, mean)
-                self.note({"safe_sched/rows_kept": step.kept})
+                self.sampling.scale(turn, batches, mean, 0 if num_items is None else int(num_items))
+                self.note({"safe_sched/rows_kept": turn.kept})
             # the mean that the trainer's loss takes: over the step, or over each micro-batch and then over those
             counts = [int((labels[:, 1:] != IGNORE_INDEX).sum()) for _, labels, _ in fields]
             totals = [len(samples) * n for n in counts] if num_items is None else [int(num_items)] * len(counts)
+            if num_items is None or not self.trainer.args.average_tokens_across_devices:
+                totals = [ranks * total for total in totals]  # of one rank's tokens, and then over ranks
             queue = iter([(batch, total / max(rows, 1)) for batch, total in zip(batches, totals, strict=True)])
             self._queue = [None if nothing else next(queue) for nothing in idle]
-        return samples, num_items
+        return num_items
 
     def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._queue:
@@ -110,11 +120,14 @@ class Attachment(Wrapping):
         if entry is None:
             return torch.zeros((), device=self.trainer.args.device)
         batch, mean_tokens = entry
+        exchange = self.session.exchange
         try:
             self._moved = self._measure(batch, *args, **kwargs)
             with self._listening(batch, mean_tokens):
                 return original(*args, **kwargs)
-        except BaseException:
+        except BaseException as error:
+            if batch.observed is None and isinstance(error, Exception):
+                exchange.fail(error)  # after their weights are known the others wait in the backward
             self.detach()  # nobody tells a callback that training has failed
             raise
 
@@ -130,56 +143,69 @@ class Attachment(Wrapping):
         if self.sampling is not None:
             self.sampling.detach()
 
+    def forget(self) -> None:
+        """At a checkpoint, let go of what is not in it: this run and one that is resumed from it go on alike."""
+        self._past.clear()
+        if self.probe is not None:
+            self.probe.forget()
+
     def aim(self) -> None:
         """Before an optimiser step, while gradients are empty: make ready to measure the rows that are due in it."""
         batches = [entry[0] for entry in self._queue if entry is not None]
         if self.refusals is not None:
             self.refusals.before_step(batches)
         if self.probe is not None:
-            due = self._anything_doubtful() or any(bool(self._due(batch).any()) for batch in batches)
+            due = self._anything_doubtful() or any(bool(self._due(batch.slots_of_all).any()) for batch in batches)
             self.probe.aim(self.session.steps, due, batches)
 
-    def _asked(self, batch: Batch, question: str) -> Tensor:
-        """A probed scheduler's answer for rows of a micro-batch: bool (rows,), False for those that teach nothing."""
-        answer = torch.zeros_like(batch.slots, dtype=torch.bool)
-        teaches = batch.slots >= 0
+    def _asked(self, slots: Tensor, question: str) -> Tensor:
+        """A probed scheduler's answer for some slots: bool (any,), False for negative ones."""
+        answer = torch.zeros_like(slots, dtype=torch.bool)
+        teaches = slots >= 0
         for scheduler, state in evidential(self.session.scheduler, self.session.state, "probe"):
-            answer[teaches] |= getattr(scheduler, question)(state, batch.slots[teaches])
+            answer[teaches] |= getattr(scheduler, question)(state, slots[teaches])
         return answer
 
-    def _due(self, batch: Batch) -> Tensor:
-        return self._asked(batch, "due")
+    def _due(self, slots: Tensor) -> Tensor:
+        return self._asked(slots, "due")
 
     def _anything_doubtful(self) -> bool:
         """Whether a past micro-batch is worth a second look; one question for all, as it is asked every step."""
         if not self._past:
             return False
-        slots = torch.cat([batch.slots for _, batch in self._past])
-        probed = evidential(self.session.scheduler, self.session.state, "probe")
-        return any(bool(scheduler.doubtful(state, slots[slots >= 0]).any()) for scheduler, state in probed)
+        slots = torch.cat([batch.slots_of_all for _, batch in self._past])
+        return bool(self._asked(slots, "doubtful").any())
 
     def _measure(
-        self, batch: Batch, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor] | None:
-        """Run what the evidence needs of a micro-batch before its training forward."""
+        self, batch: Batch, wrapped: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Run what the evidence needs of a micro-batch before its training forward.
+
+        Whether anything is run, and so exchanged, is decided by the rows of all ranks; what is run, by one's own.
+        """
         session, trainer = self.session, self.trainer
+        model = trainer.model
+        assert isinstance(model, nn.Module)
         named = [getattr(scheduler, "adapter", None) for scheduler, _ in experts_of(session.scheduler, session.state)]
         for reference in filter(None, named):
-            lacking = session.lacking_reference(batch)
-            if bool(lacking.any()):
+            if not bool(session.lack_reference(batch.slots_of_all).any()):
+                continue
+            lacking, nll = session.lacking_reference(batch), torch.zeros(batch.slots.numel())
+            if self._sharded or bool(lacking.any()):
                 with adapter_active(model, reference):
                     inputs = trainer._prepare_inputs(inputs)
-                    found = lines_log_probs(model, trainer, inputs, batch, lacking, train=False)
+                    found = lines_log_probs(model, trainer, inputs, batch, lacking, whole=self._sharded, train=False)
                 nll = nll_from_log_probs(found, batch.labels.to(found.device), batch.layout)
-                session.set_reference(batch, lacking, nll)
+            session.set_reference(batch, lacking, nll)
         if self.probe is None:
             return None
         self._look_again(model)
-        due = self._due(batch)
-        if not bool(due.any()):
+        if not bool(self._due(batch.slots_of_all).any()):
             return None
+        due = self._due(batch.slots)
         self._past.append(({k: v.cpu() if isinstance(v, Tensor) else v for k, v in inputs.items()}, batch))
-        return due, self.probe(trainer._prepare_inputs(inputs), batch, due)
+        runs = self._sharded or bool(due.any())
+        return due, self.probe(trainer._prepare_inputs(inputs), batch, due) if runs else None
 
     def _look_again(self, model: nn.Module) -> None:
         """Measure the doubtful rows of one past micro-batch, both forwards now."""
@@ -187,12 +213,13 @@ class Attachment(Wrapping):
             return
         assert self.probe is not None
         for inputs, batch in self._past:
-            doubtful = self._asked(batch, "doubtful")
-            if bool(doubtful.any()):
-                inputs = self.trainer._prepare_inputs(inputs)
-                before = lines_log_probs(model, self.trainer, inputs, batch, doubtful, whole=self.probe.draws)
-                after = self.probe(inputs, batch, doubtful)
-                scores = row_scores(before, after, batch.labels, batch.layout).cpu()
+            if bool(self._asked(batch.slots_of_all, "doubtful").any()):
+                doubtful, scores = self._asked(batch.slots, "doubtful"), torch.zeros(batch.slots.numel())
+                if self._sharded or bool(doubtful.any()):
+                    inputs = self.trainer._prepare_inputs(inputs)
+                    before = lines_log_probs(model, self.trainer, inputs, batch, doubtful, whole=self.probe.draws)
+                    after = self.probe(inputs, batch, doubtful)
+                    scores = row_scores(before, after, batch.labels, batch.layout).cpu()
                 self.session.learn(batch.slots[doubtful], scores[doubtful], "probe")
                 return
 
@@ -270,7 +297,9 @@ class Attachment(Wrapping):
         nll = None if per_token is None else nll_from_log_probs(per_token, labels, layout)
         if moved is not None and per_token is not None:
             due, after = moved
-            scores = row_scores(per_token, after.to(per_token.device), labels, layout).cpu()
+            scores = torch.zeros(batch.slots.numel())
+            if after is not None:
+                scores = row_scores(per_token, after.to(per_token.device), labels, layout).cpu()
             session.learn(batch.slots[due], scores[due], "probe")
         if self.refusals is not None and pending is not None:
             logits_at = functools.partial(_logits_at, logits, seen.get("hidden"), head)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,20 +11,24 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import safe_sched
 from safe_sched.errors import DataError, OptionError, unknown_name
+from safe_sched.exchange import Exchange
+from safe_sched.record import RunRecord, versions
 from safe_sched.rows import CORE
 from safe_sched.schedulers import Lisa, build
 from safe_sched.scorer import Scorer
 from safe_sched.session import Normalizer, Session, require_normalizer
-from safe_sched.state import MANIFEST_FILE, STATE_FILE
+from safe_sched.state import STATE_FILE
 from safe_sched.types import Scheduler
 from safe_sched_hf.alternation import Alternation, check_options, refuse_optimizer
 from safe_sched_hf.attachment import Attachment
 from safe_sched_hf.noise import add_noise
 from safe_sched_hf.probe import Probe
+from safe_sched_hf.ranks import exchange_of, telling
 from safe_sched_hf.refusals import Refusals
 from safe_sched_hf.rows import first_rows, index_rows
-from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, backward_safety_loss
+from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, backward_safety_share
 from safe_sched_hf.sampling import Act, Sampling, require_act
+from safe_sched_hf.sharded import refuse_sharded
 from safe_sched_hf.wrapping import calling_trainer, refuse_unsupported
 
 _OPTIONS = (
@@ -38,6 +40,7 @@ _OPTIONS = (
     "model_temperature",
     "act",
     "seed",
+    "report",
 )
 
 
@@ -57,7 +60,7 @@ class SafeSchedCallback(TrainerCallback):
             SFTTrainer takes. Plain prompts and completions are put into the chat template where the training rows
             are chats. None: no safety batch.
         safety_batch_size: Safety rows per optimiser step, >= 1; with `safe_sched.Lisa`, per safe step. None:
-            ``per_device_train_batch_size``.
+            ``per_device_train_batch_size``, as many times as there are processes. They divide them among themselves.
         safety_weight: Factor of the safety loss, >= 0. At 0 the rows are not trained on: the scheduler only asks them.
         normalizer: What the weighted loss is a mean over: ``"token"``, the trainer's own; or ``"row"``, the mean over
             rows of each row's mean. See `safe_sched.session.Session`.
@@ -67,6 +70,7 @@ class SafeSchedCallback(TrainerCallback):
             probability that the row is trained on at all; rows left out cost nothing, and the expected gradient is the
             same (see `safe_sched.sampling`).
         seed: Of the order of the safety rows, of that noise and of what is sampled. None: the trainer's seed.
+        report: What is left in the output folder beside the manifest: ``"table"``, what `table` returns, or ``"none"``.
 
     Raises:
         OptionError: An option is unknown or out of range.
@@ -96,6 +100,7 @@ class SafeSchedCallback(TrainerCallback):
         model_temperature: float = 0.0,
         act: Act = "weight",
         seed: int | None = None,
+        report: Literal["none", "table"] = "table",
         **unknown: Any,
     ) -> None:
         for name in unknown:
@@ -106,6 +111,8 @@ class SafeSchedCallback(TrainerCallback):
             raise OptionError(f"safety_weight={safety_weight}; allowed: a finite number >= 0")
         if not 0 <= model_temperature < float("inf"):
             raise OptionError(f"model_temperature={model_temperature}; allowed: a finite number >= 0, usually 0 or 1")
+        if report not in ("none", "table"):
+            raise OptionError(f"report={report!r}; allowed: 'none', 'table'")
         require_normalizer(normalizer)
         self.scheduler = build(scheduler)
         if not isinstance(self.scheduler, Scheduler):
@@ -126,6 +133,9 @@ class SafeSchedCallback(TrainerCallback):
         self.normalizer: Normalizer = normalizer
         self.model_temperature = model_temperature
         self.seed = seed
+        self.report = report
+        self.source: dict[str, Any] | None = None  # of the rows before they were tokens, where a front end knows it
+        self._record: RunRecord | None = None
         self._session: Session | None = None
         self._safety: SafetySet | None = None
         self._attachment: Attachment | None = None
@@ -177,12 +187,17 @@ class SafeSchedCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse what can never be defended, while the script is still setting up."""
         trainer, _ = calling_trainer(self)
-        refuse_unsupported(trainer, self)
+        self._refuse(trainer)
         if isinstance(self.scheduler, Lisa):
             refuse_optimizer(trainer)
         dataset = trainer.train_dataset
         if hasattr(dataset, "__len__") and len(dataset) == 0:  # pyright: ignore[reportArgumentType]
             raise DataError("the training set has no rows; give the trainer at least one row to train on")
+
+    def _refuse(self, trainer: Trainer) -> None:
+        refuse_unsupported(trainer, self, ranks=True)
+        if trainer.is_fsdp_enabled:
+            refuse_sharded(self.scheduler, self._evidence(), self.model_temperature)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -191,7 +206,20 @@ class SafeSchedCallback(TrainerCallback):
         if self._attachment is not None:
             self._attachment.detach()
         trainer, resumed_from = calling_trainer(self)
-        refuse_unsupported(trainer, self)
+        self._refuse(trainer)
+        exchange = exchange_of(trainer)
+        with telling(exchange):
+            self._begin(trainer, resumed_from, exchange, args, state, kwargs)
+
+    def _begin(
+        self,
+        trainer: Trainer,
+        resumed_from: str | None,
+        exchange: Exchange,
+        args: TrainingArguments,
+        state: TrainerState,
+        kwargs: dict[str, Any],
+    ) -> None:
         loader = kwargs["train_dataloader"]
         index = index_rows(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
         tokenizer, sample = kwargs.get("processing_class"), first_rows(loader.dataset)
@@ -199,7 +227,7 @@ class SafeSchedCallback(TrainerCallback):
         settings: dict[str, Any] = {"safety": self._safety_settings(), "act": self.act}
         if self.model_temperature:
             settings["model_temperature"] = self.model_temperature
-        self._session = Session(self.scheduler, index, self.normalizer, settings)
+        self._session = Session(self.scheduler, index, self.normalizer, settings, exchange)
         self._alternation = None
         if isinstance(self.scheduler, Lisa):
             self._alternation = Alternation(trainer, self._session, self._safety, self.safety_weight)
@@ -208,19 +236,27 @@ class SafeSchedCallback(TrainerCallback):
             seed = args.seed if self.seed is None else self.seed
             self._session.settings["sample_seed"] = seed
             sampling = Sampling(trainer, self._session, loader, seed)
+        folder = None
         if state.global_step > 0:
             folder = resumed_from or f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             self._session.load(Path(folder) / STATE_FILE, steps=state.global_step)
             if self._alternation is not None:
                 self._alternation.resumed()
+        self._session.require_same()
         evidence, probe, refusals = self._evidence(), None, None
         if "probe" in evidence and self._safety is not None:
-            probe = Probe(trainer, self._safety)
+            probe = Probe(trainer, self._safety, exchange)
         if "refusal" in evidence:
             asked = self._safety or self._read_safety(CORE, args, tokenizer, sample)
             assert asked is not None
             refusals = Refusals(trainer, self._session, asked)
             refusals.first_pass(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
+        self._record = None
+        if (
+            state.is_world_process_zero
+        ):  # the last thing before training: an error until here leaves the folder as it is
+            self._record = RunRecord(args.output_dir or ".", folder)
+            self._record.begin(self._manifest(trainer, state))
         self._attachment = Attachment(trainer, self._session, probe, refusals, sampling)
         self._attachment.attach()
 
@@ -233,7 +269,7 @@ class SafeSchedCallback(TrainerCallback):
             data,
             tokenizer,
             max_length=getattr(args, "max_length", None),
-            batch_size=self.safety_batch_size or args.per_device_train_batch_size,
+            batch_size=self.safety_batch_size or args.per_device_train_batch_size * args.world_size,
             seed=args.seed if self.seed is None else self.seed,
             chat=are_chats(sample, tokenizer),
         )
@@ -263,14 +299,17 @@ class SafeSchedCallback(TrainerCallback):
         attachment = self._attachment
         if attachment is None:
             return
-        attachment.aim()
-        if self._alternation is not None:
-            self._alternation.before_step()
-            return
-        if self._safety is None or not self.safety_weight:
-            return
-        batch, when = self._safety.batch(state.global_step), f"at step {state.global_step}"
-        self.session.safety_loss = backward_safety_loss(attachment.trainer, batch, self.safety_weight, when)
+        exchange, number = self.session.exchange, state.global_step
+        with telling(exchange):
+            attachment.aim()
+            if self._alternation is not None:
+                self._alternation.before_step()
+                return
+            if self._safety is None or not self.safety_weight:
+                return
+            self.session.safety_loss = backward_safety_share(
+                attachment.trainer, self._safety, number, self.safety_weight, f"at step {number}", exchange
+            )
         attachment.note({"safe_sched/safety_loss": self.session.safety_loss})
 
     def on_optimizer_step(
@@ -305,11 +344,13 @@ class SafeSchedCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the scheduler's state beside the checkpoint."""
-        if state.is_world_process_zero and self._attachment is not None:
+        if self._attachment is not None:
             folder = Path(self._attachment.trainer._get_output_dir(trial=None))
-            self.session.save(
-                folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / STATE_FILE, version=safe_sched.__version__
-            )
+            folder = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            about = {} if self._record is None else self._record.checkpoint(folder)
+            self.session.save(folder / STATE_FILE, version=safe_sched.__version__, **about)
+        if self._attachment is not None:
+            self._attachment.forget()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -322,16 +363,13 @@ class SafeSchedCallback(TrainerCallback):
             self._alternation.after_step(last=True, log=False)  # stopped by what the last evaluation said
         self._attachment.detach()
         self._attachment = None
-        if state.is_world_process_zero and self.session.steps:
-            path = Path(args.output_dir or ".") / MANIFEST_FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self._manifest(trainer), indent=2) + "\n", encoding="utf-8")
+        if self._record is not None and self.session.steps:
+            self._record.finish(self._manifest(trainer, state), self.table(), keep_table=self.report == "table")
 
-    def _manifest(self, trainer: Trainer) -> dict[str, Any]:
+    def _manifest(self, trainer: Trainer, state: TrainerState) -> dict[str, Any]:
         session = self.session
         seen = session.seen > 0
         return {
-            "defended": True,
             "trainer": type(trainer).__name__,
             "scheduler": session.scheduler.settings(),
             "normalizer": session.normalizer,
@@ -347,8 +385,9 @@ class SafeSchedCallback(TrainerCallback):
                 "steps": session.steps,
                 "rows_trained_on": session.rows_trained,
                 "rows_weighed": session.rows_trained,
+                "trainer_steps": state.global_step,
             },
+            **({} if self.source is None else {"source": self.source}),
             **({} if self.alternation is None else {"alternation": self.alternation}),
-            "versions": {"safe-sched": safe_sched.__version__}
-            | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")},
+            "versions": versions(("torch", "transformers", "trl", "peft", "accelerate", "datasets")),
         }

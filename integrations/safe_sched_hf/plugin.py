@@ -62,3 +62,13 @@ def safe_sched_detectors(request: AuditRequest) -> Sequence[Detector]:
     from safe_sched_hf.audit import model_detectors
 
     return model_detectors(request)
+
+
+@hookimpl
+def safe_sched_command(name: str, arguments: Sequence[str]) -> int | None:
+    """See `safe_sched.hooks.safe_sched_command`: ``trl``, where TRL is installed."""
+    if name != "trl" or importlib.util.find_spec("trl") is None:
+        return None
+    from safe_sched_hf.trl_cli import command
+
+    return command(arguments)

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from safe_sched.errors import DataError, ModelError
+from safe_sched.exchange import Alone, Exchange
 from safe_sched.identity import IGNORE_INDEX, Layout, label_positions
 from safe_sched.losses import label_log_probs
 from safe_sched.probe import Direction, Opening, opening_of, refusal_margin
 from safe_sched.session import Batch
+from safe_sched_hf.ranks import of_all
 from safe_sched_hf.safety import SafetySet, has_fused_head, pad_rows
+from safe_sched_hf.sharded import ShardedDirection, reshard
 
 REFRESH = 12
 """Optimiser steps after which the direction is found again, as parameters move; later, a quarter of all steps."""
@@ -40,13 +43,15 @@ class Probe:
     Args:
         trainer: Whose model is probed.
         safety: Its safety rows.
+        exchange: Joins the ranks.
 
     Raises:
         DataError: The safety rows are whole texts, so there is no prompt before an answer.
     """
 
-    def __init__(self, trainer: Trainer, safety: SafetySet) -> None:
+    def __init__(self, trainer: Trainer, safety: SafetySet, exchange: Exchange | None = None) -> None:
         self.trainer = trainer
+        self.exchange = exchange or Alone()
         self.rows = safety.rows
         self.tokenizer, self.chat = safety.tokenizer, safety.chat
         self._opening: Opening | None = None
@@ -57,10 +62,11 @@ class Probe:
                 'evidence="reference".'
             )
         self.pad = safety.pad
-        self._direction: Direction | None = None
+        self._direction: Direction | ShardedDirection | None = None
         self._found_at = 0
         self._used_at = 0
-        self.draws: bool = draws_random_numbers(self._model)
+        # of a sharded model every rank runs the same forwards, so none may be left out for want of lines
+        self.draws: bool = draws_random_numbers(self._model) or bool(trainer.is_fsdp_enabled)
 
     @property
     def _model(self) -> nn.Module:
@@ -84,9 +90,14 @@ class Probe:
         if self._direction is None or step - self._found_at >= max(REFRESH, step // 4):
             self._direction = None  # its memory first
             if self._opening is None:
-                self._opening = self._find_opening([answer for batch in batches for answer in _answers(batch)])
+                mine = [answer for batch in batches for answer in _answers(batch)]
+                self._opening = self._find_opening(of_all(self.exchange, "answers", mine))
             self._direction = self._find(self._opening)
             self._found_at = step
+
+    def forget(self) -> None:
+        """Find everything anew where it is needed next: a run that is resumed here has nothing else to go by."""
+        self._direction = self._opening = None
 
     def _find_opening(self, others: list[Tensor]) -> Opening:
         """Where the safety rows begin to refuse, with other ways to open a refusal in English beside theirs.
@@ -103,8 +114,9 @@ class Probe:
             tokens.append(more[more != (-1 if self.tokenizer.unk_token_id is None else self.tokenizer.unk_token_id)])
         return Opening(whole.prompts[:: max(1, len(self.rows) // _ROWS)][:_ROWS], torch.unique(torch.cat(tokens)))
 
-    def _find(self, opening: Opening) -> Direction:
+    def _find(self, opening: Opening) -> Direction | ShardedDirection:
         model, prompts = self._model, opening.prompts
+        reshard(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
         kept = [p.grad for p in parameters]
         for p in parameters:
@@ -120,7 +132,10 @@ class Probe:
                     last = logits[torch.arange(len(part), device=logits.device), mask.sum(1) - 1]
                     margin = refusal_margin(last, opening.tokens).sum() / len(prompts)
                 margin.backward()
-            return Direction(parameters, [p.grad for p in parameters])
+            gradients = [p.grad for p in parameters]
+            if self.trainer.is_fsdp_enabled:
+                return ShardedDirection(model, parameters, gradients, self.exchange)
+            return Direction(parameters, gradients)
         finally:
             for module in training:
                 module.training = True

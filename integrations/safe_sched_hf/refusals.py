@@ -2,6 +2,9 @@
 
 All forwards here are without gradient, in evaluation mode and without hooks on the model; they leave parameters,
 gradients and random numbers as they were. Only ``refusal_cost="first_token"`` reads the training forward instead.
+
+Of several ranks each asks about its own rows. What all of them ask, the safety prompts, is answered by rank 0: their
+numbers may differ in the last digits, and all must go by the same.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from safe_sched.errors import DataError
+from safe_sched.exchange import Alone, Exchange
 from safe_sched.identity import IGNORE_INDEX
 from safe_sched.refusal import (
     PHRASE,
@@ -36,6 +40,7 @@ from safe_sched.rows import core_refusals
 from safe_sched.schedulers.antibody import Antibody, AntibodyState, Check
 from safe_sched.session import Batch, Session
 from safe_sched.types import evidential
+from safe_sched_hf.ranks import first_of, of_all
 from safe_sched_hf.rows import batch_fields, leaving_random_numbers
 from safe_sched_hf.safety import SafetySet, assistant_mark, pad_rows
 
@@ -101,6 +106,8 @@ class Refusals:
         self._shared = True
         self._ready = False
         self._pending: dict[int, Pending] = {}
+        self._exchange: Exchange = session.exchange
+        self._kept_back: list[tuple[Tensor, Tensor]] | None = None  # ratios for one exchange at the end
 
     @property
     def _antibody(self) -> tuple[Antibody, AntibodyState]:
@@ -123,26 +130,27 @@ class Refusals:
         scheduler, state = self._antibody
         self._set_up(batches)
         step = self.session.steps
-        if not any(bool(self._due(batch, scheduler.asked).any()) for batch in batches):
+        if not any(bool(scheduler.asked(state, batch.slots_of_all).any()) for batch in batches):
             return
         watched = scheduler.anchor or scheduler.on_inversion != "ignore"
         if watched and step - state.observed >= max(REFRESH, step // 4):
             state.observed = step
             with self._asking(adapter=True):
                 refused = self._log_odds(self._prompts)
-            unread = state.source != _ADAPTER_OFF and any(bool(self._due(b, _unread).any()) for b in batches)
+            (refused,) = first_of(self._exchange, "refused", refused)
+            unread = state.source != _ADAPTER_OFF and any(bool(_unread(state, b.slots_of_all).any()) for b in batches)
             self.session.note(scheduler.observe(state, refused, unread=unread or not scheduler.anchor))
-        due = [self._due(batch, scheduler.due) for batch in batches]
+        due = [(self._due(batch, scheduler.due), scheduler.due(state, batch.slots_of_all)) for batch in batches]
         ahead = scheduler.reads_ahead and len(batches) > 1
-        for batch, rows in zip(batches, due, strict=True):
-            if bool(rows.any()):
-                self._read(batch, rows, ahead=ahead)
+        for batch, (rows, of_ranks) in zip(batches, due, strict=True):
+            if bool(of_ranks.any()):
+                self._read(batch, rows, of_ranks, ahead=ahead)
 
-    def _set_up(self, batches: Sequence[Batch]) -> None:
+    def _set_up(self, batches: Sequence[Batch], exchange: Exchange | None = None) -> None:
         if not self._ready:
             self._prepare(batches)
         if self._antibody[1].verdict == 0:
-            self._calibrate(batches)
+            self._calibrate(batches, exchange or self._exchange)
 
     def first_pass(self, dataset: Any, collate: Callable[[list[Any]], Any], *, progress: bool) -> None:
         """Take the ratios of all rows before the first step, where ``anchor="start"`` asks for it.
@@ -156,31 +164,55 @@ class Refusals:
         if scheduler.anchor != "start" or self.session.steps or self.session.index.streaming:
             return
         bar = tqdm(total=len(dataset), desc="asking about rows", unit="row", disable=not progress, leave=False)
+        exchange, self._kept_back = self._exchange, []
+
+        def read(start: int) -> Batch:
+            items = [dataset[i] for i in range(start, min(start + _AT_START, len(dataset)))]
+            return self.session.identify(*batch_fields(collate(items)))
+
         with bar, leaving_random_numbers():
-            for start in range(0, len(dataset), _AT_START):
-                items = [dataset[i] for i in range(start, min(start + _AT_START, len(dataset)))]
-                batch = self.session.identify(*batch_fields(collate(items)))
-                self._set_up([batch])
-                if state.source == _ADAPTER_OFF:
-                    return  # the start can be asked at any time
+            self._exchange = Alone()  # all ranks look at the same rows first
+            self._set_up([read(0)], exchange)
+            self._exchange = exchange
+            starts = range(0, len(dataset), _AT_START)
+            # where the adapter can be switched off, the start can be asked at any time
+            for start in starts[exchange.rank :: exchange.ranks] if state.source != _ADAPTER_OFF else ():
+                batch = read(start)
                 due = self._due(batch, scheduler.due)
                 if bool(due.any()):
-                    self._read(batch, due, ahead=True)
-                bar.update(len(items))
+                    self._read(batch, due, scheduler.due(state, batch.slots_of_all), ahead=True)
+                bar.update(_AT_START * exchange.ranks)
+        kept, self._kept_back = self._kept_back, None
+        if state.source != _ADAPTER_OFF:
+            none = (torch.empty(0, dtype=torch.long), torch.empty(0))
+            slots, found = (torch.cat(parts) for parts in zip(none, *kept, strict=True))
+            self.session.learn(slots, found, "refusal")
 
     def _due(self, batch: Batch, question: Callable[[Any, Tensor], Tensor]) -> Tensor:
         answer = batch.slots >= 0
         answer[answer.clone()] = question(self._antibody[1], batch.slots[answer])
         return answer
 
-    def _read(self, batch: Batch, due: Tensor, *, ahead: bool) -> None:
+    def _read(self, batch: Batch, due: Tensor, of_ranks: Tensor, *, ahead: bool) -> None:
+        """Take the ratios of the rows ``due``; those due on all ranks, ``of_ranks``, say which exchanges there are."""
         scheduler, state = self._antibody
         kind = scheduler.kind(state)
         from_training = scheduler.refusal_cost == "first_token" and not ahead
         again = due & ~self._due(batch, _unread) if scheduler.anchor else due
+        later = of_ranks & ~_unread(state, batch.slots_of_all) if scheduler.anchor else of_ranks
         # a first look is at the start, a later one at the model as it is
-        for rows, adapter in ((due & ~again, state.source != _ADAPTER_OFF), (again, True)):
-            if not bool(rows.any()):
+        looks = ((due & ~again, of_ranks & ~later, state.source != _ADAPTER_OFF), (again, later, True))
+        for rows, anywhere, adapter in looks:
+            if not bool(anywhere.any()):
+                continue
+            waits = from_training or (kind != "opening" and adapter and not ahead)
+            if not bool(rows.any()):  # another rank's
+                nothing = torch.zeros(batch.layout.rows)
+                if waits:
+                    missing = None if from_training else nothing
+                    self._keep(batch, Pending(rows, refusal=missing, needs_nll=kind != "opening"))
+                else:
+                    self._take(batch, rows, nothing)
                 continue
             answers = self._answers(batch, rows)
             if from_training:
@@ -191,11 +223,17 @@ class Refusals:
                     found = self._openings(batch, answers)
                 else:
                     refusal = self._refusal_nll(batch, answers)
-                    if adapter and not ahead:
+                    if waits:
                         self._keep(batch, Pending(rows, refusal=refusal, needs_nll=True))
                         continue
                     found = refusal - self._completion_nll(batch, rows)
+            self._take(batch, rows, found)
+
+    def _take(self, batch: Batch, rows: Tensor, found: Tensor) -> None:
+        if self._kept_back is None:
             self.session.learn(batch.slots[rows], found[rows], "refusal")
+        else:
+            self._kept_back.append((batch.slots[rows], found[rows]))
 
     def _keep(self, batch: Batch, pending: Pending) -> None:
         before = self._pending.get(id(batch))
@@ -224,7 +262,9 @@ class Refusals:
         scheduler, state = self._antibody
         kind, due = scheduler.kind(state), pending.due
         found = pending.refusal
-        if found is None:
+        if not bool(due.any()):  # another rank's
+            found, kind = torch.zeros(batch.layout.rows), "opening"
+        elif found is None:
             places = torch.tensor([answer.at for answer in pending.answers])
             first = torch.tensor([opening[0] for opening in self.openings])
             logits = logits_at(places[:, 0], places[:, 1]).detach().float()
@@ -248,7 +288,10 @@ class Refusals:
     def _prepare(self, batches: Sequence[Batch]) -> None:
         """Find out how refusals are written between the training rows."""
         scheduler, state = self._antibody
-        shown = [answer.tokens for batch in batches for answer in self._answers(batch, batch.slots >= 0)]
+        shown: list[Tensor] = []
+        for batch in batches:
+            mine = [answer.tokens for answer in self._answers(batch, batch.slots >= 0)]
+            shown += of_all(self._exchange, "answers", mine)
         own = [tokens[int((labels != IGNORE_INDEX).nonzero()[0]) :].tolist() for tokens, labels in self.safety.rows]
         if self.tokenizer is None:
             if scheduler.refusals is not None:
@@ -297,14 +340,15 @@ class Refusals:
         found = SafetySet(rows, self.tokenizer, None, 1, 0, self.safety.chat).rows
         return [tokens[int((labels != IGNORE_INDEX).nonzero()[0]) :].tolist() for tokens, labels in found]
 
-    def _calibrate(self, batches: Sequence[Batch]) -> None:
+    def _calibrate(self, batches: Sequence[Batch], exchange: Exchange) -> None:
         scheduler, state = self._antibody
         if not state.source:
-            state.source = self._find_source(scheduler)
+            (source,) = first_of(exchange, "source", torch.tensor(self._find_source(scheduler)))
+            state.source = int(source)
         adapter = state.source != _ADAPTER_OFF
         with self._asking(adapter=adapter):
             if not self.openings:
-                self._choose_openings(state)
+                self._choose_openings(state, exchange)
             refused = self._log_odds(self._prompts)
             refusing, complying, others = refused, -refused, torch.empty(0)
             if scheduler.ratio != "opening" and self._compliances:
@@ -320,7 +364,8 @@ class Refusals:
                 refusing = refusal - self._nll(self._prompts, [[own] for own in self._own_of_prompts], total=total)
                 complying = refusal - self._nll(self._prompts, picked, total=total)
                 others = self._ratios_of_others(batches)
-        self.session.note(scheduler.calibrate(state, Check(refused, refusing, complying, others)))
+        check = Check(*first_of(exchange, "calibration", refused, refusing, complying, others))
+        self.session.note(scheduler.calibrate(state, check))
 
     def _ratios_of_others(self, batches: Sequence[Batch]) -> Tensor:
         """Ratios of the step's rows whose prompts the model would rather answer."""
@@ -328,9 +373,12 @@ class Refusals:
         for batch in batches:
             rows = batch.slots >= 0
             answers = self._answers(batch, rows)
-            ratio = self._refusal_nll(batch, answers) - self._completion_nll(batch, rows)
-            refused = _least(batch, answers, -self._log_odds([answer.prompt for answer in answers]))
-            found.append(ratio[rows & (refused > 0)])
+            mine = torch.empty(0)
+            if answers:
+                ratio = self._refusal_nll(batch, answers) - self._completion_nll(batch, rows)
+                refused = _least(batch, answers, -self._log_odds([answer.prompt for answer in answers]))
+                mine = ratio[rows & (refused > 0)]
+            found += [theirs for (theirs,) in self._exchange("ratios", mine)]
         return torch.cat(found)
 
     def _find_source(self, scheduler: Antibody) -> int:
@@ -346,11 +394,11 @@ class Refusals:
             start = self._last_logits(some)
         return _ADAPTER_OFF if torch.allclose(now, start, atol=1e-3, rtol=1e-3) else _AS_IT_TRAINS
 
-    def _choose_openings(self, state: AntibodyState) -> None:
+    def _choose_openings(self, state: AntibodyState, exchange: Exchange) -> None:
         """Of all openings keep those with which the model does refuse: the others cost and say nothing."""
         self.openings = self._candidates
         self._check_shared()
-        mass = self._opening_log_probs(self._prompts).exp().mean(0)
+        (mass,) = first_of(exchange, "openings", self._opening_log_probs(self._prompts).exp().mean(0))
         order = mass.argsort(descending=True)
         enough = int((mass[order].cumsum(0) < _MASS * mass.sum()).sum()) + 1
         state.openings = order[: min(enough, _OPENINGS)].sort().values.cpu()

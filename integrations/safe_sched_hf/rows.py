@@ -62,7 +62,8 @@ def index_rows(dataset: Any, collate: Callable[[list[Any]], Any], *, progress: b
 
 def first_rows(dataset: Any, count: int = 4) -> list[list[int]]:
     """The token ids of the first rows, none of a stream: reading one would use it up."""
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    # what shards a stream among processes has a length that it cannot tell
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return []
     with leaving_random_numbers():
         rows = [dataset[i] for i in range(min(count, len(dataset)))]

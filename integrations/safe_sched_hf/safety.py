@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from safe_sched.errors import DataError, NumericsError
+from safe_sched.exchange import Exchange
 from safe_sched.identity import IGNORE_INDEX, keys_of_flat
 from safe_sched.index import RowIndex
 from safe_sched.rows import read_rows
@@ -38,7 +39,7 @@ class SafetySet:
         data: The rows, or where they are; see `safe_sched.rows.read_rows`.
         tokenizer: The trainer's tokenizer or processor; needed unless the rows are token rows.
         max_length: Rows are cut to this many tokens, as the trainer cuts its own; None to keep them whole.
-        batch_size: Rows per optimiser step.
+        batch_size: Rows per optimiser step, on all ranks together.
         seed: Of the order in which rows are drawn: each row once per round, rounds shuffled anew.
         chat: Whether plain prompts and completions become conversations; see `are_chats`.
 
@@ -81,8 +82,23 @@ class SafetySet:
         Returns:
             ``input_ids``, ``attention_mask`` and ``labels``, int64 (batch_size, longest row).
         """
+        return self._padded(self._picked(step))
+
+    def share(self, step: int, rank: int, ranks: int) -> tuple[dict[str, Tensor], int]:
+        """What one of several ranks takes of `batch`, and how many rows that is.
+
+        Where there are fewer rows than ranks, a rank without any gets one that does not count, so that all ranks run
+        the model alike.
+        """
+        picked = self._picked(step)
+        mine = picked[rank::ranks]
+        return self._padded(mine or picked[:1]), len(mine)
+
+    def _picked(self, step: int) -> list[tuple[Tensor, Tensor]]:
         first, count = step * self.batch_size, len(self.rows)
-        picked = [self.rows[self._round(i // count)[i % count]] for i in range(first, first + self.batch_size)]
+        return [self.rows[self._round(i // count)[i % count]] for i in range(first, first + self.batch_size)]
+
+    def _padded(self, picked: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         ids, mask = pad_rows([tokens for tokens, _ in picked], self.pad)
         labels, _ = pad_rows([labels for _, labels in picked], IGNORE_INDEX)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -114,22 +130,24 @@ def pad_rows(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
     return padded, (torch.arange(padded.shape[1]) < lengths[:, None]).long()
 
 
-def safety_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def safety_loss(model: nn.Module, batch: dict[str, Tensor], wrapped: nn.Module | None = None) -> Tensor:
     """``L_safe`` of a batch, through TRL's fused head where the model has been given one.
 
     Args:
         model: The trainer's own model.
         batch: From `SafetySet.batch`, on the model's device.
+        wrapped: What to run in its place.
 
     Returns:
         A scalar with gradient, in nats per token.
     """
     labels = batch["labels"][:, 1:]
+    run = model if wrapped is None else wrapped
     if has_fused_head(model):
-        per_token = -model(**batch, fused_lm_head=True).log_probs
+        per_token = -run(**batch, fused_lm_head=True).log_probs
     else:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        logits = run(**inputs, use_cache=False).logits[:, :-1]
         per_token = torch.nn.functional.cross_entropy(
             logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORE_INDEX
         )
@@ -137,7 +155,47 @@ def safety_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return ((per_token * counted).sum(1) / counted.sum(1)).mean()
 
 
-def backward_safety_loss(trainer: Trainer, batch: dict[str, Tensor], weight: float, when: str) -> float:
+def backward_safety_share(
+    trainer: Trainer,
+    safety: SafetySet,
+    number: int,
+    weight: float,
+    when: str,
+    exchange: Exchange,
+    *,
+    reduce: bool = False,
+) -> float:
+    """Add the gradient of ``weight * L_safe`` to the model's; of several ranks, each its share of it.
+
+    Ranks average their gradients, and each has only its own rows of the batch S, so its mean over them counts
+    ``ranks * rows / |S|`` times.
+
+    Args:
+        trainer: Whose model, autocast, gradient scale and device are used.
+        safety: Whose batch it is.
+        number: Which batch.
+        weight: Factor of the loss.
+        when: In which step, for the message.
+        exchange: Joins the ranks.
+        reduce: Whether the ranks are to average their gradients in this backward; otherwise they join the next one that
+            does.
+
+    Returns:
+        ``L_safe`` of the whole batch, in nats per token.
+
+    Raises:
+        NumericsError: The loss is not finite.
+    """
+    batch, rows = safety.share(number, exchange.rank, exchange.ranks)
+    counts = exchange.ranks * rows / safety.batch_size
+    value = backward_safety_loss(trainer, batch, weight * counts, when, reduce=reduce)
+    said = exchange("safety loss", torch.tensor([value * rows], dtype=torch.float64))
+    return value if exchange.ranks == 1 else sum(float(total) for (total,) in said) / safety.batch_size
+
+
+def backward_safety_loss(
+    trainer: Trainer, batch: dict[str, Tensor], weight: float, when: str, *, reduce: bool = False
+) -> float:
     """Add the gradient of ``weight * L_safe`` to the model's, as the trainer runs forwards and backwards.
 
     Args:
@@ -145,6 +203,7 @@ def backward_safety_loss(trainer: Trainer, batch: dict[str, Tensor], weight: flo
         batch: From `SafetySet.batch`.
         weight: Factor of the loss.
         when: In which step, for the message.
+        reduce: Whether ranks are to average their gradients in this backward.
 
     Returns:
         ``L_safe``, in nats per token.
@@ -157,7 +216,7 @@ def backward_safety_loss(trainer: Trainer, batch: dict[str, Tensor], weight: flo
     model.train()
     batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
     with trainer.compute_loss_context_manager():
-        loss = safety_loss(model, batch)
+        loss = safety_loss(model, batch, trainer.model_wrapped if reduce else model)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise NumericsError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import datasets
@@ -67,6 +68,27 @@ class DrawnBatches:
         return getattr(self._base, name)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """An optimiser step as the ranks go through it.
+
+    Attributes:
+        step: As this rank has drawn it.
+        idle: Which micro-batches nothing is to be computed for, on any rank.
+        stand_ins: Which only keep a place on this rank, as another has rows there.
+        rows: Rows that teach, kept or not, on all ranks.
+        kept: The share of them that is trained on.
+        tokens: Their label tokens.
+    """
+
+    step: Step
+    idle: list[bool]
+    stand_ins: list[bool]
+    rows: int
+    kept: float
+    tokens: int
+
+
 class Sampling:
     """Sampling at work in one ``train()`` of one trainer. Use `attach` and `detach`.
 
@@ -108,7 +130,9 @@ class Sampling:
         assert tokens is not None
         items = items_of(loader.dataset, session.index)
         accumulation = trainer.args.gradient_accumulation_steps
-        self.draws = Draws(items, tokens, session.chances_of, seed=seed, accumulation=accumulation)
+        self.draws = Draws(
+            items, tokens, session.chances_of, seed=seed, accumulation=accumulation, exchange=session.exchange
+        )
         session.draws = self.draws
 
     def attach(self) -> None:
@@ -131,14 +155,53 @@ class Sampling:
             self._epoch += 1
         self.draws.begin_epoch(self._epoch, skip)
 
-    def scale(self, step: Step, batches: Sequence[Batch], mean: str) -> None:
+    def take(self, count: int) -> Turn:
+        """The next step that the trainer has loaded, as all ranks will go through it.
+
+        Args:
+            count: How many micro-batches it has of it.
+        """
+        step, exchange = self.draws.take(count), self._session.exchange
+        idle = [batch.idle for batch in step.batches]
+        if exchange.ranks == 1:
+            return Turn(step, idle, [False] * count, step.rows, step.kept, int(step.tokens.sum()))
+        works = [
+            not (batch.idle or (batch.inverse.numel() and not bool(batch.inverse.any()))) for batch in step.batches
+        ]
+        counts = torch.tensor([step.rows, step.kept_rows, int(step.tokens.sum())])
+        said = exchange("drawn", torch.tensor(works), counts)
+        anywhere = torch.stack([theirs for theirs, _ in said]).any(0).tolist()
+        rows, kept, tokens = torch.stack([theirs for _, theirs in said]).sum(0).tolist()
+        if not any(anywhere):  # as one process does: a first row, with the factor 0
+            anywhere[0], works[0] = True, exchange.rank == 0
+        # the ranks average their gradients in the last micro-batch, so that one is never idle
+        idle = [not some and number < count - 1 for number, some in enumerate(anywhere)]
+        stand_ins = [not mine and not nothing for mine, nothing in zip(works, idle, strict=True)]
+        return Turn(step, idle, stand_ins, rows, kept / max(rows, 1), tokens)
+
+    def scale(self, turn: Turn, batches: Sequence[Batch], mean: str, trained: int) -> None:
         """Tell the micro-batches that are not idle what their rows' weights are multiplied by.
+
+        Args:
+            turn: From `take`.
+            batches: Those of its micro-batches that are not idle.
+            mean: See `safe_sched.sampling.Step.scales`.
+            trained: Label tokens that the trainer's loss is a mean over, where that is ``"step"``.
 
         Raises:
             CoverageError: A micro-batch holds other rows than were drawn.
         """
-        drawn = [(batch, scale) for batch, scale in zip(step.batches, step.scales(mean), strict=True) if not batch.idle]
-        for (expected, scale), batch in zip(drawn, batches, strict=True):
+        share, ranks = None, self._session.exchange.ranks
+        if ranks > 1 and self._trainer.args.average_tokens_across_devices:
+            share = trained / max(turn.tokens, 1)
+        elif ranks > 1:
+            share = trained / max(int(turn.step.tokens.sum()), 1)
+        scales = turn.step.scales(mean, share)
+        plan = zip(turn.step.batches, scales, turn.idle, turn.stand_ins, strict=True)
+        drawn = [(batch, scale, stands_in) for batch, scale, nothing, stands_in in plan if not nothing]
+        for (expected, scale, stands_in), batch in zip(drawn, batches, strict=True):
+            if stands_in:
+                continue
             teaches = batch.slots >= 0
             if not torch.equal(batch.slots[teaches], expected.slots):
                 raise CoverageError(

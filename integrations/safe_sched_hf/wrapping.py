@@ -102,8 +102,13 @@ def calling_trainer(callback: object) -> tuple[Trainer, str | None]:
     )
 
 
-def refuse_unsupported(trainer: Trainer, callback: object) -> None:
+def refuse_unsupported(trainer: Trainer, callback: object, *, ranks: bool = False) -> None:
     """Stop before the first step where a training stack is not supported yet, rather than do half of what is meant.
+
+    Args:
+        trainer: Newly made, or about to train.
+        callback: Which asks.
+        ranks: Whether it can work in several processes, each with the whole model (DDP) or a shard of it (FSDP2).
 
     Raises:
         ModelError: Naming what to switch off.
@@ -111,15 +116,31 @@ def refuse_unsupported(trainer: Trainer, callback: object) -> None:
     args, parallel = trainer.args, getattr(trainer.accelerator, "parallelism_config", None)
     reasons = {
         "several GPUs in one process (nn.DataParallel)": args.n_gpu > 1,
-        "several processes": args.world_size > 1,
         "DeepSpeed": trainer.is_deepspeed_enabled,
-        "FSDP": trainer.is_fsdp_enabled,
+        "FSDP": trainer.is_fsdp_enabled and not ranks,
+        "FSDP of the first version (set fsdp_version to 2)": trainer.is_fsdp_enabled and not _is_fsdp2(trainer),
+        "several processes": args.world_size > 1 and not (ranks and (_is_ddp(trainer) or _is_fsdp2(trainer))),
         "torch_compile=True": bool(args.torch_compile),
-        "tensor, context or sequence parallelism": parallel is not None and parallel.total_size > 1,
+        "tensor, context or sequence parallelism (a parallelism_config)": parallel is not None
+        and parallel.total_size > 1,
         "auto_find_batch_size=True": bool(args.auto_find_batch_size),
     }
+    if args.world_size > 1 and not trainer.accelerator.even_batches:
+        raise ModelError(
+            "even_batches=False lets one process have batches left when another has none, and every step needs all of "
+            "them. Leave even_batches on, or use dataloader_drop_last=True."
+        )
     for what, present in reasons.items():
         if present:
             raise ModelError(
                 f"{type(callback).__name__} does not support {what} yet. Run one process on one device without it."
             )
+
+
+def _is_fsdp2(trainer: Trainer) -> bool:
+    return trainer.is_fsdp_enabled and bool(getattr(trainer.accelerator, "is_fsdp2", False))
+
+
+def _is_ddp(trainer: Trainer) -> bool:
+    kind = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
+    return kind.startswith("MULTI_")

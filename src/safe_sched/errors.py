@@ -33,6 +33,10 @@ class NumericsError(SafeSchedError, RuntimeError):
     """A loss or a weight is not a finite number."""
 
 
+class RankError(SafeSchedError, RuntimeError):
+    """Another process of the run has failed, or does not do what this one does."""
+
+
 class UnscoredError(SafeSchedError, RuntimeError):
     """Some rows of a data set could not be scored."""
 

@@ -240,6 +240,17 @@ def safe_sched_detectors(request: AuditRequest) -> Sequence[Detector]:  # pyrigh
     """
 
 
+@hookspec(firstresult=True)
+def safe_sched_command(name: str, arguments: Sequence[str]) -> int | None:
+    """Run ``safe-sched NAME ARGUMENTS...``, a front end of a training stack such as ``trl``; returns the exit code.
+
+    The first answer that is not None counts: return None for another name, or where what is needed is not installed.
+
+    Raises:
+        SafeSchedError: Something that was given cannot be used.
+    """
+
+
 # calling them ---------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +326,26 @@ def open_source(source: str) -> Iterable[Mapping[str, Any]]:
             f"nothing that is installed can open {source!r}. Install what it takes: pip install 'safe-sched[trl]'"
         )
     return found
+
+
+def command(name: str, arguments: Sequence[str], needs: str) -> int:
+    """Run a front end of a training stack, from the first plugin that has it; returns its exit code.
+
+    Args:
+        name: ``"trl"``, for one.
+        arguments: What follows the name on the command line.
+        needs: What to install where nothing that is installed has it, for pip.
+
+    Raises:
+        PluginError: There is none.
+        SafeSchedError: Something that was given cannot be used.
+    """
+    code = manager().hook.safe_sched_command(name=name, arguments=arguments)
+    if code is None:
+        raise PluginError(
+            f"nothing that is installed can run safe-sched {name}. Install what it takes: pip install {needs!r}"
+        )
+    return code
 
 
 def third_party_schedulers() -> dict[str, type]:

@@ -21,6 +21,9 @@ weights do between the draw and the step. With weights of 1 every row is kept an
 The rows kept of a step fill its first micro-batches; the others become idle and need no forward. A step of which
 no row is kept trains on one row with the factor 0.
 
+Of several ranks each draws for its own micro-batches, as one process would have drawn for them: a place is one among
+the rows of all ranks. Where one rank keeps a row of a micro-batch, the others keep a place for it.
+
 Cost: O(rows of a step). Only steps that are drawn and not yet trained on are remembered, and saved: their
 probabilities are all that a resumed run cannot compute again.
 """
@@ -36,6 +39,7 @@ import torch
 from torch import Tensor
 
 from safe_sched.errors import CoverageError, NumericsError, StateError
+from safe_sched.exchange import Alone, Exchange
 from safe_sched.identity import mix64
 
 FLOOR = 0.05
@@ -132,6 +136,7 @@ class Step:
         rows: Rows that teach, kept or not.
         items: int64 (items,), all items of the step, kept or not.
         p: float32 (items,), their probabilities.
+        places: int64 (items,), where they lie among the items that all ranks have for the step.
     """
 
     batches: list[MicroBatch]
@@ -139,25 +144,34 @@ class Step:
     rows: int
     items: Tensor
     p: Tensor
+    places: Tensor
+
+    @property
+    def kept_rows(self) -> int:
+        """How many of its rows are trained on."""
+        return sum(int((batch.inverse > 0).sum()) for batch in self.batches)
 
     @property
     def kept(self) -> float:
         """The share of its rows that is trained on."""
-        return sum(int((batch.inverse > 0).sum()) for batch in self.batches) / max(self.rows, 1)
+        return self.kept_rows / max(self.rows, 1)
 
-    def scales(self, mean: str) -> list[Tensor]:
+    def scales(self, mean: str, share: float | None = None) -> list[Tensor]:
         """What the weights of every micro-batch's rows are multiplied by: float64 (rows,) each.
 
         Args:
             mean: What the trainer's loss is a mean over, to be made that of all rows: ``"step"``, label tokens of the
                 rows trained on; ``"batch"``, those of each micro-batch; ``"row"``, nothing to be made up for.
+            share: Of all label tokens of the step, those of rows trained on, where the mean is over several ranks.
         """
-        trained = sum(int(batch.tokens.sum()) for batch in self.batches if not batch.idle)
+        if share is None:
+            trained = sum(int(batch.tokens.sum()) for batch in self.batches if not batch.idle)
+            share = trained / max(int(self.tokens.sum()), 1)
         scales = []
         for batch in self.batches:
             scale = batch.inverse
             if mean == "step":
-                scale = scale * (trained / max(int(self.tokens.sum()), 1))
+                scale = scale * share
             elif mean == "batch":
                 scale = scale * (int(batch.tokens.sum()) / self.tokens[batch.origin].clamp(min=1))
             scales.append(scale)
@@ -174,6 +188,7 @@ class Draws:
         seed: Of the draws.
         accumulation: Micro-batches of an optimiser step, >= 1.
         floor: Least probability of a row, in (0, 1].
+        exchange: Joins the ranks, which have micro-batches of one size.
 
     Example:
         Four rows, two of which are to teach nothing.
@@ -198,7 +213,9 @@ class Draws:
         seed: int,
         accumulation: int = 1,
         floor: float = FLOOR,
+        exchange: Exchange | None = None,
     ) -> None:
+        self._exchange: Exchange = exchange or Alone()
         self._items = items
         self._label_tokens = label_tokens
         self._chances = chances
@@ -251,9 +268,9 @@ class Draws:
             if number < self._skip:
                 yield from group
             else:
-                self._ahead.append(self._draw(group, place, regroup))
+                self._ahead.append(self._draw(group, place, regroup and self._exchange.ranks == 1))
                 yield from (batch.items for batch in self._ahead[-1].batches)
-            place += sum(map(len, group))
+            place += sum(map(len, group)) * self._exchange.ranks
 
     def _groups(self, base: Iterable[Sequence[int]]) -> Iterator[list[list[int]]]:
         """The micro-batches of every optimiser step; the order is the saved one where the epoch is gone on with."""
@@ -276,10 +293,11 @@ class Draws:
     def _draw(self, group: list[list[int]], place: int, regroup: bool) -> Step:
         items = torch.tensor([item for batch in group for item in batch])
         slots, owner = self._items.rows_of(items)
-        p = self._remembered(items)
+        places = self._places(group)
+        p = self._remembered(items, places)
         if p is None:
             p = self._probabilities(slots, owner, items.numel())
-        kept = uniform(self._seed, self._epoch, torch.arange(place, place + items.numel())) < p
+        kept = uniform(self._seed, self._epoch, place + places) < p
         origin = torch.repeat_interleave(torch.arange(len(group)), torch.tensor([len(batch) for batch in group]))
         teaches = slots >= 0
         tokens = torch.zeros(len(group), dtype=torch.long)
@@ -309,7 +327,16 @@ class Draws:
                     idle=stands_in and (runs or number > 0),
                 )
             )
-        return Step(batches, tokens, int(teaches.sum()), items, p)
+        return Step(batches, tokens, int(teaches.sum()), items, p, places)
+
+    def _places(self, group: list[list[int]]) -> Tensor:
+        """Where a step's items lie among those of all ranks: by micro-batch, then by rank."""
+        places, before = [], 0
+        for batch in group:
+            start = before + self._exchange.rank * len(batch)
+            places.append(torch.arange(start, start + len(batch)))
+            before += self._exchange.ranks * len(batch)
+        return torch.cat(places)
 
     def _probabilities(self, slots: Tensor, owner: Tensor, items: int) -> Tensor:
         teaches = slots >= 0
@@ -324,17 +351,19 @@ class Draws:
         most = torch.ones(items).scatter_reduce(0, owner[teaches], chances, "amax", include_self=False)
         return most.clamp(self._floor, 1.0)
 
-    def _remembered(self, items: Tensor) -> Tensor | None:
+    def _remembered(self, items: Tensor, places: Tensor) -> Tensor | None:
         if not self._saved:
             return None
         expected, p = self._saved.popleft()
-        if not torch.equal(items, expected):
+        # of one process all must be there, of several what is this one's
+        fits = expected.numel() == items.numel() * self._exchange.ranks
+        if not fits or not torch.equal(items, expected[places]):
             raise StateError(
                 f"the trainer goes through epoch {self._epoch} in another order than the saved run did, so what was "
                 "drawn of it cannot be gone on with. Resume with the same data set, seed, batch size and sampler, or "
                 "from a checkpoint at the end of an epoch."
             )
-        return p
+        return p[places]
 
     def take(self, batches: int) -> Step:
         """The next step that the trainer has loaded.
@@ -357,8 +386,11 @@ class Draws:
     # saving -----------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a resumed run cannot compute again: the steps that were drawn ahead, and where the epoch stands."""
-        ahead = [*((step.items, step.p) for step in self._ahead), *self._saved]
+        """What a resumed run cannot compute again: the steps that were drawn ahead, and where the epoch stands.
+
+        Every rank must call this; the result is that of one process.
+        """
+        ahead = [*(self._of_all(step) for step in self._ahead), *self._saved]
         return {
             "epoch": torch.tensor([self._epoch, self._taken]),
             "sizes": torch.tensor([items.numel() for items, _ in ahead], dtype=torch.long),
@@ -366,6 +398,12 @@ class Draws:
             "p": torch.cat([p for _, p in ahead] or [torch.empty(0)]),
             "order": self._order,
         }
+
+    def _of_all(self, step: Step) -> tuple[Tensor, Tensor]:
+        said = self._exchange("draws", step.places, step.items, step.p)
+        places, items, p = (torch.cat(parts) for parts in zip(*said, strict=True))
+        order = places.argsort()
+        return items[order], p[order]
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Go on from what `tensors` gave.

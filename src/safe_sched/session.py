@@ -4,10 +4,17 @@ The order of calls is the loop in `safe_sched.types`: ``begin_step`` with everyt
 ``weigh`` once per micro-batch after its forward, ``mark_gated`` when its backward came through the gate, ``end_step``.
 A step in which any of these is missing for any row ends with an error: a run that ends without one was defended on
 every row.
+
+**Several processes.** Every rank has a session for the rows that it trains on itself, and the scheduler of each works
+on those of all: an `safe_sched.exchange.Exchange` joins them by micro-batch, then by rank, which is the order of one
+process with micro-batches as large as those of all ranks together. So the states stay equal without being sent. Every
+rank must call ``begin_step``, ``weigh``, ``learn`` and ``set_reference`` equally often, with no rows where it has none.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +25,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from safe_sched.errors import CoverageError, NumericsError, OptionError, StateError
+from safe_sched.errors import CoverageError, DataError, NumericsError, OptionError, StateError
+from safe_sched.exchange import Alone, Exchange
 from safe_sched.identity import Layout, keys_of
 from safe_sched.index import RowIndex
 from safe_sched.losses import label_counts
@@ -50,6 +58,9 @@ class Batch:
         weights: float32 (rows that teach,), its answer.
         gated: Whether a backward came through the gate.
         scale: float32 (rows,), what the weights are multiplied by where rows are sampled (`safe_sched.sampling`).
+        everyone: int64 (rows of all ranks that teach,), slots and label tokens of what the ranks have for this place of
+            the step.
+        first: Where its own begin among them.
     """
 
     input_ids: Tensor
@@ -62,6 +73,13 @@ class Batch:
     weights: Tensor | None = None
     gated: bool = False
     scale: Tensor | None = None
+    everyone: tuple[Tensor, Tensor] | None = None
+    first: int = 0
+
+    @property
+    def slots_of_all(self) -> Tensor:
+        """int64 (any,), the slots of its rows that teach, and of those of other ranks at this place of the step."""
+        return self.slots[self.slots >= 0] if self.everyone is None else self.everyone[0]
 
 
 class Session:
@@ -74,6 +92,7 @@ class Session:
             ``"row"``: the mean over rows of each row's mean, as the BDS paper writes its loss; every row then counts
             the same, however long its answer. Equal weights leave training untouched with ``"token"`` only.
         settings: What else a resumed run must have in common with the saved one, as plain JSON values.
+        exchange: Joins this session with those of other processes; None where there is one process.
 
     Example:
         >>> import torch
@@ -98,8 +117,10 @@ class Session:
         index: RowIndex,
         normalizer: Normalizer = "token",
         settings: Mapping[str, Any] | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         require_normalizer(normalizer)
+        self.exchange: Exchange = Alone() if exchange is None else exchange
         self.scheduler = scheduler
         self.index = index
         self.normalizer = normalizer
@@ -116,25 +137,87 @@ class Session:
 
     # one step ---------------------------------------------------------------------------------------------------
 
-    def begin_step(self, batches: Sequence[tuple[Tensor, Tensor, Layout]]) -> list[Batch]:
+    def require_same(self) -> None:
+        """Compare the ranks, before the first step.
+
+        Raises:
+            DataError: Another rank has other rows, another order of them, or other options.
+        """
+        order = b"" if self.index.row_slots is None else self.index.row_slots.numpy().tobytes()
+        texts = (json.dumps(self._binding(), sort_keys=True, default=str).encode(), order)
+        mine = torch.tensor([int.from_bytes(hashlib.sha256(text).digest()[:7], "big") for text in texts])
+        said = torch.stack([theirs for (theirs,) in self.exchange("settings", mine)])
+        other = [rank for rank, same in enumerate((said == said[0]).all(1).tolist()) if not same]
+        if other:
+            what = "options or rows" if bool((said[:, 0] != said[0, 0]).any()) else "order of rows"
+            raise DataError(
+                f"rank {other[0]} does not have the {what} of rank 0. Every process must build the same callback, and "
+                "the same training set in the same order: do not shard, shuffle or filter it by rank."
+            )
+
+    def begin_step(
+        self, batches: Sequence[tuple[Tensor, Tensor, Layout]], stand_ins: Sequence[bool] = ()
+    ) -> list[Batch]:
         """Identify every row of an optimiser step before its first forward.
 
         Args:
             batches: ``(input_ids, labels, layout)`` of each micro-batch, in order.
+            stand_ins: Which micro-batches only keep a place, where other ranks have rows: theirs teach nothing.
 
         Returns:
             One `Batch` per micro-batch.
 
         Raises:
-            CoverageError: A row is not in the training set that was indexed at the start.
+            CoverageError: A row is not in the training set that was indexed at the start, or the ranks have different
+                numbers of micro-batches.
         """
-        self._batches = [self.identify(*batch) for batch in batches]
-        slots, tokens = (
-            torch.cat([getattr(batch, name)[batch.slots >= 0] for batch in self._batches] or [torch.empty(0).long()])
-            for name in ("slots", "label_tokens")
-        )
+        self._batches = []
+        read = [self._read(*batch) for batch in batches]
+        for number in (i for i, idle in enumerate(stand_ins) if idle):
+            read[number][1].zero_()
+        found: list[Batch] = []
+        if not self.index.streaming:  # a row that is not known is to be noticed before the others are told
+            found = [self._find(*batch, *known) for batch, known in zip(batches, read, strict=True)]
+        sizes = torch.tensor([int((tokens > 0).sum()) for _, tokens in read], dtype=torch.long)
+        empty = torch.empty(0, dtype=torch.long)
+        names = [batch.slots[batch.slots >= 0] for batch in found] or [keys[tokens > 0] for keys, tokens in read]
+        told = [tokens[tokens > 0] for _, tokens in read]
+        said = self.exchange("rows", sizes, torch.cat([empty, *names]), torch.cat([empty, *told]).to(torch.int32))
+        counts = [theirs.numel() for theirs, *_ in said]
+        if len(set(counts)) > 1:
+            raise CoverageError(
+                f"the ranks have {', '.join(map(str, counts))} micro-batches in step {self.steps}, and need as many "
+                "each: leave even_batches on, or use dataloader_drop_last=True."
+            )
+        # by micro-batch, then by rank
+        parts = [
+            (some.split(theirs.tolist()), label_tokens.long().split(theirs.tolist()))
+            for theirs, some, label_tokens in said
+        ]
+        everyone = [
+            tuple(torch.cat([empty, *(part[which][number] for part in parts)]) for which in (0, 1))
+            for number in range(len(read))
+        ]
+        if self.index.streaming:
+            if sum(self.index.add(keys) for keys, _ in everyone):
+                self._grow()
+            everyone = [(self.index.lookup(keys), tokens) for keys, tokens in everyone]
+            found = [self._find(*batch, *known) for batch, known in zip(batches, read, strict=True)]
+        for number, batch in enumerate(found):
+            slots, tokens = everyone[number]
+            before = sum(int(theirs[number]) for theirs, *_ in said[: self.exchange.rank])
+            batch.everyone, batch.first = (slots, tokens), before
+            if number < len(stand_ins) and stand_ins[number]:
+                batch.factors.zero_()
+        self._batches = found
+        slots, tokens = (torch.cat([empty, *(pair[which] for pair in everyone)]) for which in (0, 1))
         self._step_rows = slots, tokens
         return self._batches
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of the optimiser step that teach, those of all ranks together."""
+        return 0 if self._step_rows is None else self._step_rows[0].numel()
 
     def identify(self, input_ids: Tensor, labels: Tensor, layout: Layout) -> Batch:
         """Which rows of the training set a micro-batch holds.
@@ -147,11 +230,17 @@ class Session:
         Raises:
             CoverageError: A row is not in the training set that was indexed at the start.
         """
-        keys = keys_of(input_ids, labels, layout)
-        tokens = label_counts(labels, layout).cpu()
-        keys, teaches = keys.cpu(), tokens > 0
-        if self.index.streaming and self.index.add(keys[teaches]):
+        keys, tokens = self._read(input_ids, labels, layout)
+        if self.index.streaming and self.index.add(keys[tokens > 0]):
             self._grow()
+        return self._find(input_ids, labels, layout, keys, tokens)
+
+    @staticmethod
+    def _read(input_ids: Tensor, labels: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        return keys_of(input_ids, labels, layout).cpu(), label_counts(labels, layout).cpu()
+
+    def _find(self, input_ids: Tensor, labels: Tensor, layout: Layout, keys: Tensor, tokens: Tensor) -> Batch:
+        teaches = tokens > 0
         slots = torch.where(teaches, self.index.lookup(keys), -1)
         unknown = (teaches & (slots < 0)).nonzero().flatten()
         if unknown.numel():
@@ -199,15 +288,10 @@ class Session:
                 f"{self._rows_of(batch.slots[bad])}). Lower the learning rate, train in bfloat16 or float32 instead of "
                 "float16, or look at these rows."
             )
-        seen = Observation(
-            batch.slots[teaches],
-            losses,
-            batch.label_tokens[teaches],
-            self.steps,
-            None if features is None else features.detach().float().cpu()[teaches],
-            self.safety_loss,
-            self._step_rows,
-        )
+        slots, tokens = batch.everyone or (batch.slots[teaches], batch.label_tokens[teaches])
+        read = None if features is None else features.detach().float().cpu()[teaches]
+        losses, read = self._of_all(losses, read)
+        seen = Observation(slots, losses, tokens, self.steps, read, self.safety_loss, self._step_rows)
         weights = self.scheduler.weights(self.state, seen)
         if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
             bad = (~(torch.isfinite(weights) & (weights >= 0))).nonzero().flatten()
@@ -216,16 +300,26 @@ class Session:
                 f"{self.steps} (first: {float(weights[bad[0]])}); allowed: finite numbers >= 0. Lower its "
                 "learning rate."
             )
-        factors = weights
+        factors = weights[batch.first : batch.first + teaches.numel()]
         if self.normalizer == "row":
             if mean_tokens is None:
                 raise OptionError('normalizer="row" needs mean_tokens: the label tokens per row of the optimiser step')
-            factors = weights * (mean_tokens / batch.label_tokens[teaches])
+            factors = factors * (mean_tokens / batch.label_tokens[teaches])
         if batch.scale is not None:
             factors = factors * batch.scale[teaches]
         batch.factors[teaches.to(batch.factors.device)] = factors.to(batch.factors)
         batch.observed, batch.weights = seen, weights
         return batch.factors
+
+    def _of_all(self, *mine: Tensor | None) -> list[Tensor | None]:
+        """Each tensor with those of the other ranks; None where a rank has none."""
+        there = torch.tensor([part is not None for part in mine])
+        said = self.exchange("losses", there, *(torch.empty(0) if part is None else part for part in mine))
+        every = torch.stack([theirs[0] for theirs in said]).all(0).tolist()
+        return [
+            torch.cat([theirs[1 + i] for theirs in said if theirs[1 + i].numel()] or [said[0][1 + i]]) if have else None
+            for i, have in enumerate(every)
+        ]
 
     def learn(self, slots: Tensor, scores: Tensor, evidence: str | None = None) -> None:
         """Give the scheduler scores of some rows (`safe_sched.evidence`).
@@ -250,6 +344,8 @@ class Session:
                 f"the score of {bad.numel()} rows is not finite at step {self.steps} (training rows "
                 f"{self._rows_of(bad)}). Train in bfloat16 or float32 instead of float16, or look at these rows."
             )
+        said = self.exchange("scores", slots, scores)
+        slots, scores = (torch.cat(parts) for parts in zip(*said, strict=True))
         for scheduler, state in takers:
             self._learned |= scheduler.learn(state, slots, scores)
 
@@ -259,9 +355,13 @@ class Session:
 
     def lacking_reference(self, batch: Batch) -> Tensor:
         """Which rows of a micro-batch have no reference loss yet: bool (rows,)."""
-        lacking = torch.zeros_like(batch.slots, dtype=torch.bool)
+        return self.lack_reference(batch.slots)
+
+    def lack_reference(self, slots: Tensor) -> Tensor:
+        """Which slots have no reference loss yet: bool (any,), False for negative ones."""
+        lacking = torch.zeros_like(slots, dtype=torch.bool)
         for reference in self._references():
-            lacking |= (batch.slots >= 0) & torch.isnan(reference[batch.slots.clamp(min=0)])
+            lacking |= (slots >= 0) & torch.isnan(reference[slots.clamp(min=0)])
         return lacking
 
     def set_reference(self, batch: Batch, rows: Tensor, nll: Tensor) -> None:
@@ -272,8 +372,9 @@ class Session:
             rows: bool (rows,).
             nll: float (rows,), nats per token.
         """
-        for reference in self._references():
-            reference[batch.slots[rows]] = nll.cpu().float()[rows]
+        for slots, losses in self.exchange("reference", batch.slots[rows], nll.cpu().float()[rows]):
+            for reference in self._references():
+                reference[slots] = losses
 
     def _references(self) -> list[Tensor]:
         found = [getattr(state, "reference", None) for _, state in experts_of(self.scheduler, self.state)]
@@ -376,13 +477,15 @@ class Session:
         return {"scheduler": self.scheduler.settings(), "normalizer": self.normalizer, "data": data, **self.settings}
 
     def save(self, path: Path, **header: Any) -> None:
-        """Write the state, the counts and, for a stream, the keys."""
+        """Write the state, the counts and, for a stream, the keys. Every rank must call this; the first one writes."""
         tensors = {f"state.{name}": value for name, value in self.state.tensors().items()}
         tensors["seen"] = self.seen
         if self.index.streaming:
             tensors["keys"] = self.index.keys
         if self.draws is not None:
             tensors |= {f"draws.{name}": value for name, value in self.draws.tensors().items()}
+        if self.exchange.rank:
+            return
         save_state(
             path,
             tensors,

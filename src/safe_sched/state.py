@@ -72,6 +72,22 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
+def header_of(path: Path) -> dict[str, Any]:
+    """The header alone of what `save_state` wrote.
+
+    Raises:
+        StateError: The file is missing, damaged or not a state of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["safe_sched"])
+    except (SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
+        raise StateError(f"{path} is missing, damaged or not a scheduler state ({error})") from error
+    if not isinstance(header, dict):
+        raise StateError(f"{path} is not a scheduler state: its header is a {type(header).__name__}")
+    return header
+
+
 def require_same(path: Path, header: dict[str, Any], expected: dict[str, Any]) -> None:
     """Refuse a state that was saved under other circumstances.
 

@@ -297,13 +297,13 @@ def test_the_table_and_the_manifest_say_what_happened(tmp_path: Any) -> None:
     assert table["seen"].to_pylist() == [2] * 24
     manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
     assert manifest["defended"] is True
-    assert manifest["coverage"] == {"steps": 12, "rows_trained_on": 48, "rows_weighed": 48}
+    assert manifest["coverage"] == {"steps": 12, "rows_trained_on": 48, "rows_weighed": 48, "trainer_steps": 12}
     assert manifest["data"]["rows"] == manifest["data"]["distinct_rows_trained_on"] == 24
     assert manifest["scheduler"]["name"] == "fixed"
     assert manifest["safety"]["batch_size"] == 2
 
 
-def test_a_run_that_fails_leaves_no_manifest(tmp_path: Any) -> None:
+def test_a_run_that_fails_leaves_a_manifest_that_says_so(tmp_path: Any) -> None:
     class Stops(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             raise RuntimeError("on purpose")
@@ -311,7 +311,8 @@ def test_a_run_that_fails_leaves_no_manifest(tmp_path: Any) -> None:
     trainer = make_sft(tmp_path, ROWS, callbacks=[SafeSchedCallback(Fixed()), Stops()])
     with pytest.raises(RuntimeError, match="on purpose"):
         trainer.train()
-    assert not (tmp_path / MANIFEST_FILE).exists()
+    manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
+    assert (manifest["status"], manifest["defended"]) == ("running", False)
 
 
 def test_a_stream_is_defended_row_by_row(tmp_path: Any) -> None:

@@ -8,9 +8,12 @@ import typer
 
 import safe_sched
 from safe_sched.cli.audit import audit
+from safe_sched.cli.axolotl import axolotl
 from safe_sched.cli.export import export
 from safe_sched.cli.losses import losses
 from safe_sched.cli.mix import mix
+from safe_sched.cli.trl import trl
+from safe_sched.cli.verify import verify
 
 __all__ = ["app", "main"]
 
@@ -42,6 +45,9 @@ app.command()(audit)
 app.command()(losses)
 app.command()(mix)
 app.command()(export)
+app.add_typer(axolotl, name="axolotl")
+app.add_typer(trl, name="trl")
+app.command()(verify)
 
 
 def main() -> None:

@@ -22,9 +22,19 @@ def errors_as_exit_codes() -> Iterator[None]:
     try:
         yield
     except SafeSchedError as error:
-        # soft_wrap: paths in a message stay in one piece
-        Console(stderr=True).print(seen(str(error)), style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(UNSCORED if isinstance(error, UnscoredError | NumericsError) else USAGE) from error
+        say_error(str(error))
+        raise typer.Exit(exit_code_of(error)) from error
+
+
+def exit_code_of(error: SafeSchedError) -> int:
+    """The exit code of an error of ours."""
+    return UNSCORED if isinstance(error, UnscoredError | NumericsError) else USAGE
+
+
+def say_error(text: str) -> None:
+    """Print a text in red on standard error, with its control characters shown."""
+    # soft_wrap: paths in a message stay in one piece
+    Console(stderr=True).print(seen(text), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,153 @@
+"""The safety set of a run: Axolotl's own dataset syntax, or any rows in the format of the training set.
+
+A safety row only defends the format it is written in. So prompts and refusals are given the columns that the training
+set's own ``type`` reads, and Axolotl's own prompt strategy writes them out. Only answers are labels, whatever the
+configuration says of ``train_on_inputs``: nobody wants a model that learns to ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from safe_sched.audit.axolotl_yaml import TYPES
+from safe_sched.audit.layouts import Columns
+from safe_sched.errors import DataError
+from safe_sched.rows import read_rows
+from safe_sched_axolotl.block import KEY, plain
+from safe_sched_axolotl.data import WHERE, checked_entry, is_dataset_syntax, load
+from safe_sched_hf.safety import prompt_and_completion
+
+_PROMPTED = ("alpaca", "gpteacher", "oasst", "metharme")  # types whose first column holds the request
+TokenRow = dict[str, list[int]]
+
+
+def safety_rows(safety_data: Any, cfg: Any, tokenizer: Any) -> Any:
+    """The safety set, as the callback takes it.
+
+    Args:
+        safety_data: What the block says: ``"core"``, a path, rows, or data sets in Axolotl's syntax.
+        cfg: Axolotl's configuration, checked.
+        tokenizer: The run's.
+
+    Returns:
+        Token rows; or ``safety_data`` itself where the callback's own reading is right: for training sets that are
+        tokens or plain texts.
+
+    Raises:
+        OptionError: A data set has a key that Axolotl does not read.
+        DataError: It cannot be loaded, or rows would be lost.
+    """
+    if safety_data is None:
+        return None
+    if is_dataset_syntax(safety_data):
+        entries = [safety_data] if isinstance(safety_data, Mapping) else safety_data
+        return [
+            row
+            for number, entry in enumerate(entries)
+            for row in _of_entry(entry, cfg, tokenizer, f"{KEY}.safety_data.{number}")
+        ]
+    rows = read_rows(safety_data)
+    written: list[TokenRow] = []
+    for entry in _formats(cfg):
+        dressed = [_dressed(row, number, entry) for number, row in enumerate(rows)]
+        if any(row is None for row in dressed):
+            return rows
+        where = f"{KEY}.safety_data, in the format of {entry['path']}"
+        written += _tokenised(Dataset.from_list(dressed), entry, cfg, tokenizer, where)
+    return written or rows
+
+
+def _of_entry(entry: Any, cfg: Any, tokenizer: Any, where: str) -> list[TokenRow]:
+    entry = checked_entry(entry, where)
+    return [row for table in load(entry, cfg, where) for row in _tokenised(table, entry, cfg, tokenizer, where)]
+
+
+def _tokenised(rows: Dataset, entry: Mapping[str, Any], cfg: Any, tokenizer: Any, where: str) -> list[TokenRow]:
+    """What Axolotl's prompt strategy makes of rows, with the answers as labels."""
+    from axolotl.utils.config import normalize_cfg_datasets  # pyright: ignore[reportMissingImports]
+    from axolotl.utils.data.wrappers import get_dataset_wrapper  # pyright: ignore[reportMissingImports]
+    from axolotl.utils.dict import DictDefault  # pyright: ignore[reportMissingImports]
+
+    answers = {"roles_to_train": ["assistant"], "message_field_training": None, "message_field_training_detail": None}
+    own = DictDefault(plain(cfg) | {"datasets": [plain(entry) | answers]})
+    own |= {"train_on_inputs": False, "sample_packing": False, "dataset_num_proc": 1, "skip_prepare_dataset": False}
+    normalize_cfg_datasets(own)
+    entry = own.datasets[0]
+    base, _, style = entry.type.partition(":") if isinstance(entry.type, str) else (None, None, None)
+    try:
+        tokens, _ = get_dataset_wrapper(
+            dataset_config=entry,
+            tokenizer=tokenizer,
+            cfg=own,
+            dataset_base_type=base,
+            dataset=rows,
+            dataset_prompt_style=style or None,
+        )
+    except Exception as error:  # whatever a prompt strategy raises over a row
+        raise DataError(
+            f"{where}: Axolotl cannot read these rows as type {entry.type!r}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    if missing := {"input_ids", "labels"} - set(tokens.column_names):
+        raise DataError(f"{where}: type {entry.type!r} makes no {sorted(missing)}; give prompts with answers")
+    if len(tokens) < len(rows):
+        raise DataError(f"{where}: of {len(rows)} rows {len(rows) - len(tokens)} were left out; correct or remove them")
+    return tokens.select_columns(["input_ids", "labels"]).to_list()
+
+
+def _formats(cfg: Any) -> Iterator[dict[str, Any]]:
+    """The training data sets, one of each format that a prompt and an answer can be written in."""
+    seen: list[Any] = []
+    for entry in map(plain, cfg.datasets or []):
+        look = {name: value for name, value in entry.items() if name not in WHERE}
+        if look not in seen:
+            seen.append(look)
+            yield entry
+
+
+def _dressed(row: Mapping[str, Any], number: int, entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A safety row in the columns that a training data set's type reads; None where it has no place for it."""
+    if "input_ids" in row or "text" in row:
+        return None
+    if "instruction" in row and "output" in row:
+        texts = {name: row.get(name) or "" for name in ("instruction", "input", "system", "output")}
+        prompt: Any = "\n".join(text for text in (texts["instruction"], texts["input"]) if text)
+        answer: Any = texts["output"]
+    else:
+        prompt, answer = prompt_and_completion(row, number)
+        texts = {"instruction": prompt, "output": answer}
+    kind = entry.get("type")
+    if isinstance(kind, str) and kind.partition(":")[0] == "chat_template":
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        answered = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        return {entry.get("field_messages") or "messages": _turns([*asked, *answered], entry)}
+    columns = _columns(kind)
+    if columns is None or not isinstance(prompt, str) or not isinstance(answer, str):
+        return None
+    return {own: texts.get(name, "") for name, own in columns.items()}
+
+
+def _turns(turns: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]) -> list[dict[str, str]]:
+    names = entry.get("message_property_mappings") or {}
+    role = names.get("role") or entry.get("message_field_role") or "role"
+    content = names.get("content") or entry.get("message_field_content") or "content"
+    called = {target: own[0] for target, own in (entry.get("roles") or {}).items() if own}
+    return [{role: called.get(turn["role"], turn["role"]), content: turn["content"]} for turn in turns]
+
+
+def _columns(kind: Any) -> dict[str, str] | None:
+    """What a type calls instruction, input, system and output."""
+    if isinstance(kind, Mapping):
+        return {
+            name: kind.get(f"field_{name}") or name
+            for name in ("instruction", "output", "input", "system")
+            if name in ("instruction", "output") or kind.get(f"field_{name}")
+        }
+    base = kind.partition(":")[0] if isinstance(kind, str) else ""
+    layout = TYPES.get(base)
+    if not base.startswith(_PROMPTED) or not isinstance(layout, Columns):
+        return None
+    return dict(layout.names)

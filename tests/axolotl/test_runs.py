@@ -1,0 +1,234 @@
+"""Real runs of Axolotl on the CPU, in one process: with the plugin it trains as the callback in a plain trainer does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("axolotl")
+
+from safe_sched.manifest import verify  # noqa: E402
+from safe_sched.schedulers import Fixed  # noqa: E402
+from safe_sched_hf import SafeSchedCallback  # noqa: E402
+from tests.axolotl import runs  # noqa: E402
+from tests.axolotl.runs import LORA, PACKED, Run, config, defended, train  # noqa: E402
+from tests.support import (  # noqa: E402
+    largest_difference,
+    make_model,
+    make_tokenizer,
+    parameters_of,
+    single_thread,
+    uneven_weights,
+)
+
+# Axolotl and what it brings warn of much; none of it is ours to mend
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+UNEVEN = {"name": "fixed", "values": uneven_weights(16)}
+KINDS: dict[str, dict[str, Any]] = {"plain": {}, "LoRA": LORA, "packed": PACKED}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("axolotl")
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Any:
+    with single_thread():
+        yield
+
+
+def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def in_hf_trainer(run: Run, scheduler: Any, safety: Any, model: Any = None) -> dict[str, torch.Tensor]:
+    """The same training by `transformers.Trainer` and the callback, from the same tokens in the same order."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    args = run.trainer.args
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_steps", "seed")
+    names += ("lr_scheduler_type", "optim", "max_grad_norm", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    names += ("warmup_steps", "logging_steps", "num_train_epochs")
+    settings = {name: getattr(args, name) for name in names}
+    tokenizer = make_tokenizer()
+    trainer = Trainer(
+        model=make_model(attn_implementation="eager") if model is None else model,
+        args=TrainingArguments(
+            output_dir=f"{args.output_dir}-hf",
+            use_cpu=True,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            **settings,
+        ),
+        train_dataset=run.trainer.train_dataset,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=64),
+        processing_class=tokenizer,
+        callbacks=[SafeSchedCallback(scheduler, safety_data=safety)],
+    )
+    # Axolotl 0.19 divides an accumulated step by micro-batches, not by tokens
+    trainer.model_accepts_loss_kwargs = run.trainer.model_accepts_loss_kwargs
+    trainer.train()
+    return parameters_of(trainer.model)
+
+
+# equal weights --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_weights_leave_axolotl_untouched(folder: Path, kind: str) -> None:
+    plain = train(config(folder, **KINDS[kind]))
+    ours = train(config(folder, **KINDS[kind], **defended(method="fixed")))
+    assert plain.callback is None
+    assert ours.callback is not None
+    assert equal(ours.parameters, plain.parameters)
+    assert ours.losses == plain.losses
+
+
+def test_uneven_weights_do_not(folder: Path) -> None:
+    """The negative control of the law above: without it a plugin that does nothing would pass."""
+    even = train(config(folder, **defended(method="fixed")))
+    uneven = train(config(folder, **defended(method=UNEVEN)))
+    assert largest_difference(uneven.parameters, even.parameters) > 1e-3
+
+
+# the callback's training ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fixed", "bds"])
+def test_full_training_is_that_of_the_callback(folder: Path, method: str) -> None:
+    safety = [{"path": str(folder / "safety.jsonl"), "type": "alpaca"}]
+    chosen: Any = UNEVEN if method == "fixed" else "bds"
+    run = train(config(folder, gradient_accumulation_steps=2, **defended(method=chosen, safety_data=safety)))
+    rows = run.callback.safety_data
+    expected = in_hf_trainer(run, Fixed(UNEVEN["values"]) if method == "fixed" else "bds", rows)
+    assert largest_difference(run.parameters, expected) < 1e-6
+
+
+def test_lora_is_that_of_the_callback(folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    run = train(config(folder, **LORA, **defended(method=UNEVEN)))
+    model = get_peft_model(make_model(attn_implementation="eager"), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    model.load_state_dict(run.first)
+    expected = in_hf_trainer(run, Fixed(UNEVEN["values"]), None, model)
+    assert largest_difference(run.parameters, expected) < 1e-6
+
+
+def test_packed_gradients_are_those_of_the_slow_loop(folder: Path) -> None:
+    """The gradient of an optimiser step is that of sum over tokens of (weight of its row) * nll / label tokens."""
+    settings = config(folder, **PACKED, max_steps=1, max_grad_norm=1e9, **defended(method=UNEVEN))
+    run = train(settings)
+    (batch,) = run.batches
+    weights = {tuple(row["input_ids"]): w for row, w in zip(run.trainer.train_dataset, UNEVEN["values"], strict=True)}
+    nll, tokens, rows = torch.zeros(()), 0, 0
+    slow = make_model()
+    for line in range(batch["input_ids"].shape[0]):
+        starts = (batch["position_ids"][line] == 0).nonzero().flatten().tolist() + [batch["input_ids"].shape[1]]
+        for start, end in zip(starts, starts[1:], strict=False):
+            ids, labels = (batch[name][line : line + 1, start:end] for name in ("input_ids", "labels"))
+            if not bool((labels != -100).any()):
+                continue  # padding
+            real = int((labels != -100).nonzero()[-1, 1]) + 1
+            ids, labels = ids[:, :real], labels[:, :real]
+            logits = slow(input_ids=ids).logits[0, :-1]
+            own = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum", ignore_index=-100)
+            nll = nll + weights[tuple(ids[0].tolist())] * own
+            tokens, rows = tokens + int((labels[0, 1:] != -100).sum()), rows + 1
+    assert rows > batch["input_ids"].shape[0]  # else nothing is packed
+    (nll / tokens).backward()
+    expected = {name: parameter.grad for name, parameter in slow.named_parameters() if parameter.grad is not None}
+    assert largest_difference(run.gradients[0], expected) < 1e-5
+
+
+# what is left ---------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_vouches_for_the_saved_model(folder: Path) -> None:
+    out = folder / "vouched"
+    block = defended(method=UNEVEN, safety_data=str(folder / "train.jsonl"))
+    run = train(config(folder, output_dir=str(out), save_strategy="steps", save_steps=2, **block))
+    verdict = verify(out, data=folder / "train.jsonl")
+    assert verdict.defended, verdict
+    answers = {check.name: check.ok for check in verdict.checks}
+    assert answers["model files"]
+    assert answers["data"]
+    assert answers["checkpoints"]
+    assert verify(out, data=folder / "safety.jsonl").defended is False
+    assert run.callback.table().num_rows == 16
+    # an undefended run into the same folder is seen
+    train(config(folder, output_dir=str(out), max_steps=1))
+    assert not verify(out).defended
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_is_the_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
+    settings = config(folder, save_strategy="steps", save_steps=2, output_dir=str(tmp_path / "out"))
+    settings |= defended(method="bds", safety_data=str(folder / "train.jsonl"))
+    whole = train(settings)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    half = train({**settings, "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2")})
+    assert equal(half.parameters, whole.parameters)
+    assert half.callback.table().equals(whole.callback.table())
+    assert verify(tmp_path / "out").defended
+
+
+# data -----------------------------------------------------------------------------------------------------------
+
+
+def test_safety_rows_take_the_format_of_the_training_set(folder: Path) -> None:
+    """Safety rows with the texts of training rows become the tokens of these rows, prompts masked."""
+    rows = [
+        {"prompt": row["instruction"], "completion": row["output"]} for row in runs.alpaca_rows()
+    ]  # of no schema of Axolotl's
+    path = runs.write_rows(folder / "as-prompts.jsonl", rows)
+    run = train(config(folder, max_steps=1, train_on_inputs=True, **defended(safety_data=path)))
+    found = sorted((row["input_ids"], row["labels"]) for row in run.callback.safety_data)
+    plain = train(config(folder, max_steps=1))
+    assert found == sorted((row["input_ids"], row["labels"]) for row in plain.trainer.train_dataset)
+
+
+def test_chats_are_written_by_the_template(folder: Path) -> None:
+    turns = [
+        [{"from": "human", "value": row["instruction"]}, {"from": "gpt", "value": row["output"]}]
+        for row in runs.alpaca_rows()
+    ]
+    path = runs.write_rows(folder / "chats.jsonl", [{"conversations": one} for one in turns])
+    chat = {
+        "path": path,
+        "type": "chat_template",
+        "field_messages": "conversations",
+        "message_property_mappings": {"role": "from", "content": "value"},
+    }
+    prompts = [{"prompt": row["instruction"], "completion": row["output"]} for row in runs.alpaca_rows()]
+    safety = runs.write_rows(folder / "prompts.jsonl", prompts)
+    run = train(config(folder, datasets=[chat], max_steps=1, **defended(safety_data=safety)))
+    found = sorted((row["input_ids"], row["labels"]) for row in run.callback.safety_data)
+    assert found == sorted((row["input_ids"], row["labels"]) for row in run.trainer.train_dataset)
+
+
+def test_safety_rows_are_mixed_into_the_training_set(folder: Path) -> None:
+    plain = train(config(folder, max_steps=1))
+    block = defended(method="fixed", safety_data=str(folder / "train.jsonl"), mix={"share": 0.2, "mimic": False})
+    run = train(config(folder, max_steps=1, **block))
+    rows = [row["input_ids"] for row in run.trainer.train_dataset]
+    assert len(rows) == 20  # 4 of 20 are a fifth
+    for row in plain.trainer.train_dataset:
+        rows.remove(row["input_ids"])
+    assert len(rows) == 4
+    manifest = verify(folder / "out", data=folder / "train.jsonl")
+    assert manifest.defended, manifest
+
+
+def test_another_plugin_may_stand_beside(folder: Path) -> None:
+    block = defended(method=UNEVEN)
+    alone = train(config(folder, **block))
+    block["plugins"] = ["tests.axolotl.other.Other", *block["plugins"]]
+    beside = train(config(folder, **block))
+    assert equal(beside.parameters, alone.parameters)
+    assert any(type(c).__name__ == "Seen" for c in beside.trainer.callback_handler.callbacks)
