@@ -13,7 +13,8 @@ AXOLOTL_STAMP := $(AXOLOTL)/.installed
 PYTEST_ARGS ?=
 AXOLOTL_ARGS ?=
 # beside Axolotl's own tests, some of the callback's, with the versions of transformers and TRL that Axolotl pins
-AXOLOTL_TESTS ?= tests/axolotl tests/hf/test_gradients.py tests/hf/test_settings.py
+AXOLOTL_TESTS ?= tests/axolotl tests/hf/test_settings.py \
+  tests/hf/test_gradients.py::test_sft_gradients_are_those_of_the_weighted_loss
 
 # Nothing here needs the network or a GPU once the environment is built.
 export HF_HUB_OFFLINE ?= 1
@@ -29,7 +30,7 @@ MAKEFLAGS += --no-builtin-rules
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo test axolotl check lint types imports docs bench clean distclean
+.PHONY: help env demo test axolotl check lint types imports docs bench compat clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r t d; do \
@@ -82,6 +83,10 @@ docs: $(STAMP) ## the documentation, into docs/_build/html; a warning is an erro
 
 bench: $(STAMP) ## what the gate costs per step
 	$(BIN)/python bench/overhead.py
+
+compat: $(STAMP) ## the table of docs/compatibility.md, from tests that run now; takes a quarter of an hour
+	$(BIN)/python -m pytest -m "slow or not slow" --compat tests/hf
+	$(BIN)/python -m tests.compat
 
 clean: ## remove what builds and tests leave behind
 	rm -rf build dist docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -6,6 +6,8 @@ of the table. While tests run, their outcomes are kept in pytest's cache, by the
     python -m pytest tests/hf -m "slow or not slow" --compat     # the tests of the table, and no others
     python -m tests.compat                                       # writes the table
 
+What is refused is marked ``@pytest.mark.compat("prompt tuning", "refused", reason="...")``, or named in `REFUSED`.
+
 A feature has a tick where every test of it that ran has passed, and a blank where none ran.
 """
 
@@ -28,6 +30,7 @@ COLUMNS = {
     "axolotl": "Axolotl",
 }
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "axolotl")
+_REFUSED = "refused"
 CACHE = "safe_sched/compat"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 BEGIN, END = "<!-- compat: written by tests/compat.py -->", "<!-- compat: end -->"
@@ -53,7 +56,7 @@ FEATURES: dict[str, dict[str, list[str]]] = {
     "padding to a multiple": {"sft": [_SFT + "padded to a multiple?"]},
     "packing": {"sft": [_SFT + "packing*"], "trl": [_TRL + "packed?"]},
     "padding-free batches": {"sft": [_SFT + "padding-free?"]},
-    "loss from TRL's fused head": {"sft": [_SFT + ".fused head*"]},
+    "TRL's loss with `loss_type: nll` (a fused head in 1.16)": {"sft": [_SFT + ".fused head*"]},
     "loss inside the model, from logits": {"hf": [_HF + ".plain?"], "sft": [_SFT + "in-model loss*"]},
     "fused loss without logits, output embedding frozen (`Fixed`, `Antibody`)": {
         "hf": [_HF + "fused in-model loss, head frozen?"]
@@ -99,13 +102,44 @@ FEATURES: dict[str, dict[str, list[str]]] = {
     },
     "save and resume, bit for bit": {
         "hf": ["test_resume.py::test_a_resumed_run_equals*hf*"],
-        "sft": ["test_resume.py::test_a_resumed_run_equals*sft*", "test_faults.py::test_a_fault_stops*"],
+        "sft": [
+            "test_resume.py::test_a_resumed_run_equals*sft*",
+            "test_faults.py::test_a_fault_stops*",
+            "test_faults.py::test_every_method_goes_on*",
+        ],
         "trl": ["test_trl_cli.py::test_a_resume_goes_on"],
     },
     "kill -9, then resume": {"sft": ["test_faults.py::test_a_killed_run_goes_on_where_it_was"]},
     "two trainers in one process": {"sft": ["test_setup.py::test_two_trainers_in_one_process_do_not_meet"]},
-    "several processes (DDP)": {"sft": ["test_ranks.py::test_two_ranks_are_one*"]},
     "started by `accelerate launch`": {"trl": ["test_trl_cli.py::test_processes_that_accelerate_starts*"]},
+}
+
+# what is refused, why, and the tests that show it
+REFUSED: dict[str, tuple[str, str]] = {
+    "a fused loss with a trainable output embedding": (
+        "the weights could not reach the embedding's gradient",
+        "test_setup.py::test_a_fused_loss_with_a_trainable_head_is_refused",
+    ),
+    "a fused loss with a method that reads row losses": (
+        "the loss of a single row is never computed",
+        "test_setup.py::test_a_fused_loss_is_refused_where_row_losses_are_needed",
+    ),
+    "TRL's chunked loss before its fused head (the default of 1.9; name `loss_type: nll`)": (
+        "it never shows logits",
+        "test_setup.py::test_the_default_loss_of_older_trl_is_refused_with_its_name",
+    ),
+    "collators that change rows at run time": (
+        "a row that cannot be recognised cannot be weighed",
+        "test_setup.py::test_a_row_that_changes_at_run_time_stops_the_run",
+    ),
+    "a loss that does not come from the model's outputs": (
+        "the weights would not reach it",
+        "test_setup.py::test_a_loss_that_bypasses_the_gate_stops_the_run",
+    ),
+    "`Lisa` with an optimiser that steps within the backward": (
+        "its pull must be added before the step",
+        "test_lisa.py::test_an_optimiser_that_steps_within_the_backward_is_refused*",
+    ),
 }
 
 
@@ -123,7 +157,8 @@ def shown_by(name: str, marks: Iterable[tuple[str, str]] = ()) -> set[tuple[str,
         for column, patterns in columns.items()
         if any(fnmatch.fnmatchcase(plain, pattern) for pattern in patterns)
     }
-    return found | set(marks)
+    refused = {(what, _REFUSED) for what, (_, pattern) in REFUSED.items() if fnmatch.fnmatchcase(plain, pattern)}
+    return found | refused | set(marks)
 
 
 class Collector:
@@ -131,8 +166,9 @@ class Collector:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.cells: dict[str, list[tuple[str, str]]] = {}
+        self.marks: dict[str, list[tuple[str, str]]] = {}
         self.outcomes: dict[str, bool] = {}
+        self.reasons: dict[str, str] = {}
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Note which tests count; with --compat, leave the others out."""
@@ -140,19 +176,22 @@ class Collector:
             marks = []
             for mark in item.iter_markers("compat"):
                 feature, column = mark.args
-                if column not in COLUMNS:
-                    raise pytest.UsageError(f"{item.nodeid}: compat column {column!r}; allowed: {', '.join(COLUMNS)}")
+                if column not in COLUMNS and not (column == _REFUSED and "reason" in mark.kwargs):
+                    allowed = ", ".join([*COLUMNS, "refused with reason=..."])
+                    raise pytest.UsageError(f"{item.nodeid}: compat column {column!r}; allowed: {allowed}")
                 marks.append((feature, column))
-            if cells := shown_by(item.nodeid, marks):
-                self.cells[item.nodeid] = sorted(cells)
+                if column == _REFUSED:
+                    self.reasons[feature] = mark.kwargs["reason"]
+            if shown_by(item.nodeid, marks):
+                self.marks[item.nodeid] = marks
         if config.getoption("--compat", default=False):
-            left = [item for item in items if item.nodeid not in self.cells]
+            left = [item for item in items if item.nodeid not in self.marks]
             config.hook.pytest_deselected(items=left)
-            items[:] = [item for item in items if item.nodeid in self.cells]
+            items[:] = [item for item in items if item.nodeid in self.marks]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A test counts as passed where its call did, and as failed where anything of it did."""
-        if report.nodeid in self.cells:
+        if report.nodeid in self.marks:
             if report.failed:
                 self.outcomes[report.nodeid] = False
             elif report.when == "call" and report.passed:
@@ -167,7 +206,8 @@ class Collector:
         key = f"{CACHE}/{'_'.join(f'{name}-{version}' for name, version in found.items())}".replace("+", "-")
         kept = cache.get(key, None) or {"versions": found, "tests": {}}
         for name, passed in self.outcomes.items():
-            kept["tests"][name] = {"passed": passed, "cells": self.cells[name]}
+            told = {feature: self.reasons[feature] for feature, column in self.marks[name] if column == _REFUSED}
+            kept["tests"][name] = {"passed": passed, "marks": self.marks[name], "reasons": told}
         cache.set(key, kept)
 
 
@@ -186,7 +226,7 @@ def table(runs: Iterable[Mapping[str, Any]]) -> str:
     """The tables of some sets of versions, in Markdown.
 
     Example:
-        >>> test = {"passed": True, "cells": [["packing", "sft"]]}
+        >>> test = {"passed": True, "marks": [["packing", "sft"]]}
         >>> print(table([{"versions": {"trl": "1.16.0"}, "tests": {"a": test, "b": test}}]))
         With trl 1.16.0:
         <BLANKLINE>
@@ -194,14 +234,16 @@ def table(runs: Iterable[Mapping[str, Any]]) -> str:
         |---|---|
         | packing | ✓ 2 |
     """
-    parts = []
+    parts, refused = [], {}
     for run in runs:
         counts: dict[tuple[str, str], list[int]] = {}
-        for test in run["tests"].values():
-            for feature, column in test["cells"]:
+        for name, test in run["tests"].items():
+            for feature, column in shown_by(name, [(feature, column) for feature, column in test.get("marks", [])]):
+                if column == _REFUSED and test["passed"]:
+                    refused[feature] = test["reasons"].get(feature) or REFUSED[feature][0]
                 counts.setdefault((feature, column), []).append(bool(test["passed"]))
         columns = [column for column in COLUMNS if any(column == one for _, one in counts)]
-        features = [*FEATURES, *sorted({feature for feature, _ in counts} - FEATURES.keys())]
+        features = [*FEATURES, *sorted({one for one, column in counts if column != _REFUSED} - FEATURES.keys())]
         lines = [
             f"With {', '.join(f'{name} {version}' for name, version in run['versions'].items())}:",
             "",
@@ -214,6 +256,10 @@ def table(runs: Iterable[Mapping[str, Any]]) -> str:
                 said = ["" if not cell else f"✓ {len(cell)}" if all(cell) else f"✗ {cell.count(0)}" for cell in cells]
                 lines.append(f"| {feature} | {' | '.join(said)} |")
         parts.append("\n".join(lines))
+    if refused:
+        lines = ["Refused:", "", "| what | why |", "|---|---|"]
+        order = [*REFUSED, *sorted(refused.keys() - REFUSED.keys())]
+        parts.append("\n".join(lines + [f"| {what} | {refused[what]} |" for what in order if what in refused]))
     return "\n\n".join(parts)
 
 

@@ -12,5 +12,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "compat(feature, column): what the test shows in docs/compatibility.md")
+    config.addinivalue_line("markers", "compat(feature, column, reason=...): what it shows in docs/compatibility.md")
     config.pluginmanager.register(Collector(config), "compat")

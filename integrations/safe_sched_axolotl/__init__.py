@@ -34,5 +34,5 @@ def __getattr__(name: str) -> Any:
         # not an ImportError: Axolotl prints those, and trains without the plugin
         raise PluginError(
             f"safe_sched_axolotl cannot be used here: {type(error).__name__}: {error}. It is made for Axolotl 0.19; "
-            "install what it takes: pip install 'safe-sched[axolotl,trl]'"
+            "install what it takes: pip install 'safe-sched[axolotl]'"
         ) from error

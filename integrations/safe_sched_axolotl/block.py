@@ -62,7 +62,7 @@ def require_block(config: Mapping[str, Any]) -> Settings:
     """
     block = config.get(KEY)
     if block is None:
-        near = difflib.get_close_matches(KEY, [str(name) for name in config], n=1, cutoff=0.7)
+        near = difflib.get_close_matches(KEY, [str(name) for name in config if name != KEY], n=1, cutoff=0.7)
         hint = f"there is {near[0]!r}: rename it to {KEY!r}" if near else ADD_BLOCK
         raise OptionError(f"plugins: {PLUGIN} is loaded, and the configuration has no {KEY!r} block; {hint}")
     return settings_of(block)

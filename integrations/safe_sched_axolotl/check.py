@@ -103,7 +103,7 @@ def _find_plugin(plan: Plan, config: Mapping[str, Any]) -> None:
         near = [name for name in names if any(part in name.lower() for part in _OURS)]
         near = near or difflib.get_close_matches(PLUGIN, names, n=1, cutoff=0.7)
         plan.problems.append(
-            f"plugins: {near[0]!r} is no plugin; did you mean {PLUGIN!r}? Axolotl would print a line and train undefended"
+            f"plugins: {near[0]!r} is no plugin; did you mean {PLUGIN!r}? Axolotl would go on, and train undefended"
             if near
             else f"plugins: {PLUGIN} is not named, so nothing would be defended; {ADD_PLUGIN}"
         )

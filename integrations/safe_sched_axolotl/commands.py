@@ -6,6 +6,7 @@ being defended is looked for before, and what it has left is read back after.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -99,14 +100,18 @@ def _trained(plan: Plan, path: str, options: Sequence[str]) -> int:
     # accelerate and torchrun are looked for on the path: those beside this Python, not others
     here = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     run = [sys.executable, "-m", "axolotl.cli.main", "train", path, *options]
-    code = subprocess.run(run, env={**os.environ, "PATH": here}, check=False).returncode
+    process = subprocess.Popen(run, env={**os.environ, "PATH": here})
+    while process.poll() is None:
+        with contextlib.suppress(KeyboardInterrupt):  # it has got Ctrl-C as well, and saves its model before it ends
+            process.wait()
+    code = process.returncode
     if code:
         say_error(f"axolotl train has failed, with exit code {code}. Its own messages say why.")
         return code if code > UNDEFENDED else FAILED if code > 0 else 128 - code
     if _bytes(plan.folder / MANIFEST_FILE) == before:
         say_error(
-            f"not defended: axolotl train has written no {MANIFEST_FILE} to {plan.folder}: the plugin was not loaded, or "
-            "the run wrote to another folder. Do not use this model."
+            f"not defended: axolotl train has written no {MANIFEST_FILE} to {plan.folder}: the plugin was not loaded, "
+            "or the run wrote to another folder. Do not use this model."
         )
         return UNDEFENDED
     verdict = verify(plan.folder)

@@ -1,8 +1,8 @@
 """``mix:``: safety rows between the rows of the training set, before Axolotl makes tokens of them.
 
-Each data set of ``datasets:`` is loaded, mixed in its own columns, and written to a Parquet file that takes its place in
-the configuration. The file is named after its content, so a run that is started again, ``axolotl preprocess`` and every
-process find the same one.
+Each data set of ``datasets:`` is loaded, mixed in its own columns, and written to a Parquet file that takes its place
+in the configuration. The file is named after its content, so a run that is started again, ``axolotl preprocess`` and
+every process find the same one.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def refuse_unmixable(settings: Settings, config: Any) -> None:
         return
     for key in ("streaming", "pretraining_dataset"):
         if config.get(key):
-            raise OptionError(f"{KEY}.mix: {key} is read while training; mix into the file: safe-sched mix, or drop mix")
+            raise OptionError(
+                f"{KEY}.mix: {key} is read while training; mix into the file: safe-sched mix, or drop mix"
+            )
     safety = settings.safety_data if settings.mix.safety_data is None else settings.mix.safety_data
     if safety is None or is_dataset_syntax(safety):
         raise OptionError(
@@ -83,7 +85,8 @@ def source_of(cfg: Any) -> dict[str, Any] | None:
     if cfg.streaming or cfg.pretraining_dataset or len(cfg.datasets or []) != 1:
         return None
     rows = concatenate_datasets(list(load(cfg.datasets[0], cfg, "datasets.0")))
-    return {"columns": sorted(rows.column_names), "fingerprint": rows_fingerprint(rows)}
+    plain_rows: Any = rows.with_format(None)
+    return {"columns": sorted(rows.column_names), "fingerprint": rows_fingerprint(plain_rows)}
 
 
 def _written(rows: Dataset, folder: Path) -> Path:

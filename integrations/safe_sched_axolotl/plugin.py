@@ -6,12 +6,13 @@ asks the configuration first.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
 from typing import Any
 
-from safe_sched.errors import ModelError, OptionError
+from safe_sched.errors import DataError, ModelError, OptionError
 from safe_sched.record import seal
 from safe_sched_axolotl.block import ADD_PLUGIN, KEY, PLUGIN, named_in, plain, require_block
 from safe_sched_axolotl.mixing import mix_datasets, refuse_unmixable, source_of
@@ -67,7 +68,8 @@ class Hooks:
         if not named_in(cfg):
             return
         if not preprocess and _first_process():
-            self._source = source_of(cfg)
+            with contextlib.suppress(DataError):  # it is for the manifest; what Axolotl cannot load, it says itself
+                self._source = source_of(cfg)
         mix_datasets(require_block(cfg), cfg)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
@@ -77,7 +79,7 @@ class Hooks:
         settings = require_block(cfg)
         callback = settings.callback(safety_rows(settings.safety_data, cfg, trainer.processing_class))
         if self._source is not None:
-            told = {"front_end": f"axolotl {importlib.metadata.version('axolotl')}"}
+            told: dict[str, Any] = {"front_end": f"axolotl {importlib.metadata.version('axolotl')}"}
             if settings.mix is not None:
                 told["mix"] = settings.mix.model_dump(by_alias=True, exclude={"safety_data"})
             callback.source = told | self._source

@@ -52,8 +52,8 @@ def safety_rows(safety_data: Any, cfg: Any, tokenizer: Any) -> Any:
     rows = read_rows(safety_data)
     written: list[TokenRow] = []
     for entry in _formats(cfg):
-        dressed = [_dressed(row, number, entry) for number, row in enumerate(rows)]
-        if any(row is None for row in dressed):
+        dressed = [new for number, row in enumerate(rows) if (new := _dressed(row, number, entry)) is not None]
+        if len(dressed) < len(rows):
             return rows
         where = f"{KEY}.safety_data, in the format of {entry['path']}"
         written += _tokenised(Dataset.from_list(dressed), entry, cfg, tokenizer, where)
@@ -75,8 +75,8 @@ def _tokenised(rows: Dataset, entry: Mapping[str, Any], cfg: Any, tokenizer: Any
     own = DictDefault(plain(cfg) | {"datasets": [plain(entry) | answers]})
     own |= {"train_on_inputs": False, "sample_packing": False, "dataset_num_proc": 1, "skip_prepare_dataset": False}
     normalize_cfg_datasets(own)
-    entry = own.datasets[0]
-    base, _, style = entry.type.partition(":") if isinstance(entry.type, str) else (None, None, None)
+    entry, kind = own.datasets[0], entry.get("type")
+    base, _, style = kind.partition(":") if isinstance(kind, str) else (None, None, None)
     try:
         tokens, _ = get_dataset_wrapper(
             dataset_config=entry,
@@ -88,11 +88,11 @@ def _tokenised(rows: Dataset, entry: Mapping[str, Any], cfg: Any, tokenizer: Any
         )
     except Exception as error:  # whatever a prompt strategy raises over a row
         raise DataError(
-            f"{where}: Axolotl cannot read these rows as type {entry.type!r}: {type(error).__name__}: "
+            f"{where}: Axolotl cannot read these rows as type {kind!r}: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
     if missing := {"input_ids", "labels"} - set(tokens.column_names):
-        raise DataError(f"{where}: type {entry.type!r} makes no {sorted(missing)}; give prompts with answers")
+        raise DataError(f"{where}: type {kind!r} makes no {sorted(missing)}; give prompts with answers")
     if len(tokens) < len(rows):
         raise DataError(f"{where}: of {len(rows)} rows {len(rows) - len(tokens)} were left out; correct or remove them")
     return tokens.select_columns(["input_ids", "labels"]).to_list()

@@ -29,7 +29,7 @@ from safe_sched_hf.rows import first_rows, index_rows
 from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, backward_safety_share
 from safe_sched_hf.sampling import Act, Sampling, require_act
 from safe_sched_hf.sharded import refuse_sharded
-from safe_sched_hf.wrapping import calling_trainer, refuse_unsupported
+from safe_sched_hf.wrapping import calling_trainer, refuse_unsupported, trial_of
 
 _OPTIONS = (
     "scheduler",
@@ -252,10 +252,9 @@ class SafeSchedCallback(TrainerCallback):
             refusals = Refusals(trainer, self._session, asked)
             refusals.first_pass(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
         self._record = None
-        if (
-            state.is_world_process_zero
-        ):  # the last thing before training: an error until here leaves the folder as it is
-            self._record = RunRecord(args.output_dir or ".", folder)
+        # the last thing before training: an error until here leaves the folder as it is
+        if state.is_world_process_zero:
+            self._record = RunRecord(trainer._get_output_dir(trial_of(trainer)) or ".", folder)
             self._record.begin(self._manifest(trainer, state))
         self._attachment = Attachment(trainer, self._session, probe, refusals, sampling)
         self._attachment.attach()
@@ -268,7 +267,7 @@ class SafeSchedCallback(TrainerCallback):
         return SafetySet(
             data,
             tokenizer,
-            max_length=getattr(args, "max_length", None),
+            max_length=getattr(args, "max_length", getattr(args, "max_seq_length", None)),  # TRL; Axolotl
             batch_size=self.safety_batch_size or args.per_device_train_batch_size * args.world_size,
             seed=args.seed if self.seed is None else self.seed,
             chat=are_chats(sample, tokenizer),
@@ -345,7 +344,7 @@ class SafeSchedCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the scheduler's state beside the checkpoint."""
         if self._attachment is not None:
-            folder = Path(self._attachment.trainer._get_output_dir(trial=None))
+            folder = Path(self._attachment.trainer._get_output_dir(trial_of(self._attachment.trainer)))
             folder = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             about = {} if self._record is None else self._record.checkpoint(folder)
             self.session.save(folder / STATE_FILE, version=safe_sched.__version__, **about)

@@ -11,6 +11,7 @@ tell them: its process ends, and the launcher ends theirs, as it does without sa
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import hashlib
@@ -144,11 +145,19 @@ def exchange_of(trainer: Trainer) -> Exchange:
     if trainer.args.world_size == 1:
         return Alone()
     world = dist.group.WORLD
-    if _group is None or _group[0] is not world:  # one for all runs of a process: groups are never given back
+    if _group is None or _group[0] is not world:  # one for all runs of a process
         made = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=trainer.args.ddp_timeout))
         assert isinstance(made, dist.ProcessGroup)
+        if _group is None:
+            atexit.register(_give_back)
         _group = world, made
     return Ranks(_group[1])
+
+
+def _give_back() -> None:
+    """Before the interpreter ends: its threads may otherwise outlive what they need."""
+    if _group is not None and dist.is_initialized() and _group[0] is dist.group.WORLD:
+        dist.destroy_process_group(_group[1])
 
 
 @contextlib.contextmanager

@@ -102,6 +102,11 @@ def calling_trainer(callback: object) -> tuple[Trainer, str | None]:
     )
 
 
+def trial_of(trainer: Trainer) -> Any:
+    """The trial of a hyper-parameter search that a trainer is at, or None; it has a folder of its own."""
+    return getattr(trainer, "_trial", None)
+
+
 def refuse_unsupported(trainer: Trainer, callback: object, *, ranks: bool = False) -> None:
     """Stop before the first step where a training stack is not supported yet, rather than do half of what is meant.
 
@@ -125,7 +130,7 @@ def refuse_unsupported(trainer: Trainer, callback: object, *, ranks: bool = Fals
         and parallel.total_size > 1,
         "auto_find_batch_size=True": bool(args.auto_find_batch_size),
     }
-    if args.world_size > 1 and not trainer.accelerator.even_batches:
+    if args.world_size > 1 and not (trainer.accelerator.even_batches or args.dataloader_drop_last):
         raise ModelError(
             "even_batches=False lets one process have batches left when another has none, and every step needs all of "
             "them. Leave even_batches on, or use dataloader_drop_last=True."

@@ -12,8 +12,10 @@ This module is torch and nothing else; an integration brings the network.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -58,3 +60,27 @@ class Alone:
 
     def fail(self, error: BaseException) -> None:
         """Nobody to tell."""
+
+
+def by_place(said: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+    """The rows of a step on all ranks, in the order of one process: by micro-batch, then by rank.
+
+    Args:
+        said: Of each rank, first how many rows each of its micro-batches has, int64 (micro-batches,), then columns of
+            (rows,) for all of them.
+
+    Returns:
+        The columns of every micro-batch.
+
+    Example:
+        Two ranks with two micro-batches each, the last of them without a row.
+
+        >>> first = torch.tensor([1, 2]), torch.tensor([10, 11, 12])
+        >>> second = torch.tensor([1, 0]), torch.tensor([20])
+        >>> [slots.tolist() for (slots,) in by_place([first, second])]
+        [[10, 20], [11, 12]]
+    """
+    split = [[column.split(sizes.tolist()) for column in columns] for sizes, *columns in said]
+    columns = zip(*split, strict=True)
+    joined = [[torch.cat(parts) for parts in zip(*ranks, strict=True)] for ranks in columns]
+    return list(zip(*joined, strict=True))

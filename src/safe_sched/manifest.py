@@ -67,7 +67,7 @@ class Data(_Part):
 class Source(_Part):
     """The rows before they were tokens, where a front end has seen them."""
 
-    fingerprint: str
+    fingerprint: str | None = None
     columns: list[str] | None = None
 
 
@@ -309,12 +309,12 @@ def _data(rows: Iterable[Mapping[str, Any]], manifest: Manifest) -> Check:
     if "key" in first or "input_ids" in first:
         keys = [_key(row) for row in together()]
         expected, found = manifest.data.fingerprint, RowIndex(torch.tensor(keys)).fingerprint()
-    elif manifest.source is None:
+    elif manifest.source is None or manifest.source.fingerprint is None:
         return Check(
             "data",
             False,
-            "cannot be compared: this run saw tokens only. Measure the keys of the file, safe-sched losses MODEL FILE "
-            "--out keys.parquet, and give that file",
+            "cannot be compared: this run did not see the rows as they are in a file. Measure their keys, "
+            "safe-sched losses MODEL FILE --out keys.parquet, and give that file",
         )
     else:
         expected, found = manifest.source.fingerprint, rows_fingerprint(together(), manifest.source.columns)

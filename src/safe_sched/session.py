@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from safe_sched.errors import CoverageError, DataError, NumericsError, OptionError, StateError
-from safe_sched.exchange import Alone, Exchange
+from safe_sched.exchange import Alone, Exchange, by_place
 from safe_sched.identity import Layout, keys_of
 from safe_sched.index import RowIndex
 from safe_sched.losses import label_counts
@@ -141,18 +141,24 @@ class Session:
         """Compare the ranks, before the first step.
 
         Raises:
-            DataError: Another rank has other rows, another order of them, or other options.
+            DataError: Another rank has other rows, another order of them, other options, or another saved state.
         """
         order = b"" if self.index.row_slots is None else self.index.row_slots.numpy().tobytes()
-        texts = (json.dumps(self._binding(), sort_keys=True, default=str).encode(), order)
+        texts = (
+            json.dumps(self._binding(), sort_keys=True, default=str).encode(),
+            order,
+            self.seen.numpy().tobytes() + str(self.steps).encode(),
+        )
         mine = torch.tensor([int.from_bytes(hashlib.sha256(text).digest()[:7], "big") for text in texts])
         said = torch.stack([theirs for (theirs,) in self.exchange("settings", mine)])
         other = [rank for rank, same in enumerate((said == said[0]).all(1).tolist()) if not same]
         if other:
-            what = "options or rows" if bool((said[:, 0] != said[0, 0]).any()) else "order of rows"
+            names = ("options or rows", "order of rows", "saved state")
+            what = next(name for name, same in zip(names, (said == said[0]).all(0).tolist(), strict=True) if not same)
             raise DataError(
-                f"rank {other[0]} does not have the {what} of rank 0. Every process must build the same callback, and "
-                "the same training set in the same order: do not shard, shuffle or filter it by rank."
+                f"rank {other[0]} does not have the {what} of rank 0. Every process must build the same callback and "
+                "the same training set in the same order (do not shard, shuffle or filter it by rank), and resume from "
+                "the same checkpoint."
             )
 
     def begin_step(
@@ -189,28 +195,21 @@ class Session:
                 f"the ranks have {', '.join(map(str, counts))} micro-batches in step {self.steps}, and need as many "
                 "each: leave even_batches on, or use dataloader_drop_last=True."
             )
-        # by micro-batch, then by rank
-        parts = [
-            (some.split(theirs.tolist()), label_tokens.long().split(theirs.tolist()))
-            for theirs, some, label_tokens in said
-        ]
-        everyone = [
-            tuple(torch.cat([empty, *(part[which][number] for part in parts)]) for which in (0, 1))
-            for number in range(len(read))
-        ]
+        everyone = [(names, tokens.long()) for names, tokens in by_place(said)]
         if self.index.streaming:
             if sum(self.index.add(keys) for keys, _ in everyone):
                 self._grow()
             everyone = [(self.index.lookup(keys), tokens) for keys, tokens in everyone]
             found = [self._find(*batch, *known) for batch, known in zip(batches, read, strict=True)]
         for number, batch in enumerate(found):
-            slots, tokens = everyone[number]
-            before = sum(int(theirs[number]) for theirs, *_ in said[: self.exchange.rank])
-            batch.everyone, batch.first = (slots, tokens), before
+            batch.everyone = everyone[number]
+            batch.first = sum(int(theirs[number]) for theirs, *_ in said[: self.exchange.rank])
             if number < len(stand_ins) and stand_ins[number]:
                 batch.factors.zero_()
         self._batches = found
-        slots, tokens = (torch.cat([empty, *(pair[which] for pair in everyone)]) for which in (0, 1))
+        slots, tokens = (
+            (torch.cat([empty, *column]) for column in zip(*everyone, strict=True)) if found else [empty] * 2
+        )
         self._step_rows = slots, tokens
         return self._batches
 

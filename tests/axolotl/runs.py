@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from tests.support import GradientProbe, make_model, make_tokenizer, parameters_of, text_rows
 
@@ -25,6 +26,27 @@ def alpaca_rows(count: int = 16, seed: int = 0) -> list[dict[str, str]]:
     """Rows of words that the tiny tokenizer knows."""
     rows = text_rows(count, seed)
     return [{"instruction": row["prompt"], "input": "", "output": row["completion"].strip()} for row in rows]
+
+
+def chats(count: int = 16, seed: int = 0) -> list[dict[str, Any]]:
+    """The same rows as conversations."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": row["instruction"]},
+                {"role": "assistant", "content": row["output"]},
+            ]
+        }
+        for row in alpaca_rows(count, seed)
+    ]
+
+
+def page_config() -> dict[str, Any]:
+    """The whole configuration in docs/axolotl.md."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "axolotl.md"
+    _, found, rest = page.read_text(encoding="utf-8").partition("```yaml\n# train.yaml\n")
+    assert found
+    return yaml.safe_load(rest.partition("```")[0])
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> str:

@@ -1,7 +1,8 @@
-"""Real runs of Axolotl on the CPU, in one process: with the plugin it trains as the callback in a plain trainer does."""
+"""Real runs of Axolotl on the CPU, in one process: they train as the callback does in a plain trainer."""
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 
 pytest.importorskip("axolotl")
 
-from safe_sched.manifest import verify  # noqa: E402
-from safe_sched.schedulers import Fixed  # noqa: E402
-from safe_sched_hf import SafeSchedCallback  # noqa: E402
-from tests.axolotl import runs  # noqa: E402
-from tests.axolotl.runs import LORA, PACKED, Run, config, defended, train  # noqa: E402
-from tests.support import (  # noqa: E402
+from safe_sched.errors import OptionError
+from safe_sched.manifest import verify
+from safe_sched.schedulers import Fixed
+from safe_sched_hf import SafeSchedCallback
+from tests.axolotl import runs
+from tests.axolotl.runs import LORA, PACKED, Run, config, defended, train
+from tests.support import (
     largest_difference,
     make_model,
     make_tokenizer,
@@ -29,7 +31,9 @@ from tests.support import (  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 UNEVEN = {"name": "fixed", "values": uneven_weights(16)}
-KINDS: dict[str, dict[str, Any]] = {"plain": {}, "LoRA": LORA, "packed": PACKED}
+EVALUATED = {"val_set_size": 4, "eval_steps": 1}
+KINDS: dict[str, dict[str, Any]] = {"plain": {}, "LoRA": LORA, "packed": PACKED, "evaluated": EVALUATED}
+EQUAL = "equal weights: the untouched run, bit for bit"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,10 @@ def in_hf_trainer(run: Run, scheduler: Any, safety: Any, model: Any = None) -> d
 # equal weights --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.compat(EQUAL, "axolotl")
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "plain" else pytest.mark.slow) for kind in KINDS]
+)
 def test_equal_weights_leave_axolotl_untouched(folder: Path, kind: str) -> None:
     plain = train(config(folder, **KINDS[kind]))
     ours = train(config(folder, **KINDS[kind], **defended(method="fixed")))
@@ -101,7 +108,9 @@ def test_uneven_weights_do_not(folder: Path) -> None:
 # the callback's training ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["fixed", "bds"])
+@pytest.mark.compat("full fine-tuning", "axolotl")
+@pytest.mark.compat("gradient accumulation", "axolotl")
+@pytest.mark.parametrize("method", ["fixed", pytest.param("bds", marks=pytest.mark.slow)])
 def test_full_training_is_that_of_the_callback(folder: Path, method: str) -> None:
     safety = [{"path": str(folder / "safety.jsonl"), "type": "alpaca"}]
     chosen: Any = UNEVEN if method == "fixed" else "bds"
@@ -111,16 +120,22 @@ def test_full_training_is_that_of_the_callback(folder: Path, method: str) -> Non
     assert largest_difference(run.parameters, expected) < 1e-6
 
 
+@pytest.mark.compat("LoRA", "axolotl")
 def test_lora_is_that_of_the_callback(folder: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     run = train(config(folder, **LORA, **defended(method=UNEVEN)))
-    model = get_peft_model(make_model(attn_implementation="eager"), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    model = get_peft_model(
+        make_model(attn_implementation="eager"), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    )
     model.load_state_dict(run.first)
     expected = in_hf_trainer(run, Fixed(UNEVEN["values"]), None, model)
     assert largest_difference(run.parameters, expected) < 1e-6
 
 
+@pytest.mark.compat("packing", "axolotl")
+@pytest.mark.slow
+@pytest.mark.slow_sample
 def test_packed_gradients_are_those_of_the_slow_loop(folder: Path) -> None:
     """The gradient of an optimiser step is that of sum over tokens of (weight of its row) * nll / label tokens."""
     settings = config(folder, **PACKED, max_steps=1, max_grad_norm=1e9, **defended(method=UNEVEN))
@@ -130,8 +145,8 @@ def test_packed_gradients_are_those_of_the_slow_loop(folder: Path) -> None:
     nll, tokens, rows = torch.zeros(()), 0, 0
     slow = make_model()
     for line in range(batch["input_ids"].shape[0]):
-        starts = (batch["position_ids"][line] == 0).nonzero().flatten().tolist() + [batch["input_ids"].shape[1]]
-        for start, end in zip(starts, starts[1:], strict=False):
+        starts = (batch["position_ids"][line] == 0).nonzero().flatten().tolist()
+        for start, end in itertools.pairwise([*starts, batch["input_ids"].shape[1]]):
             ids, labels = (batch[name][line : line + 1, start:end] for name in ("input_ids", "labels"))
             if not bool((labels != -100).any()):
                 continue  # padding
@@ -167,6 +182,7 @@ def test_the_manifest_vouches_for_the_saved_model(folder: Path) -> None:
     assert not verify(out).defended
 
 
+@pytest.mark.compat("save and resume, bit for bit", "axolotl")
 def test_a_run_that_goes_on_from_a_checkpoint_is_the_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
     settings = config(folder, save_strategy="steps", save_steps=2, output_dir=str(tmp_path / "out"))
     settings |= defended(method="bds", safety_data=str(folder / "train.jsonl"))
@@ -193,6 +209,8 @@ def test_safety_rows_take_the_format_of_the_training_set(folder: Path) -> None:
     assert found == sorted((row["input_ids"], row["labels"]) for row in plain.trainer.train_dataset)
 
 
+@pytest.mark.compat("conversations", "axolotl")
+@pytest.mark.slow
 def test_chats_are_written_by_the_template(folder: Path) -> None:
     turns = [
         [{"from": "human", "value": row["instruction"]}, {"from": "gpt", "value": row["output"]}]
@@ -212,6 +230,7 @@ def test_chats_are_written_by_the_template(folder: Path) -> None:
     assert found == sorted((row["input_ids"], row["labels"]) for row in run.trainer.train_dataset)
 
 
+@pytest.mark.compat("rows mixed in", "axolotl")
 def test_safety_rows_are_mixed_into_the_training_set(folder: Path) -> None:
     plain = train(config(folder, max_steps=1))
     block = defended(method="fixed", safety_data=str(folder / "train.jsonl"), mix={"share": 0.2, "mimic": False})
@@ -225,6 +244,7 @@ def test_safety_rows_are_mixed_into_the_training_set(folder: Path) -> None:
     assert manifest.defended, manifest
 
 
+@pytest.mark.slow
 def test_another_plugin_may_stand_beside(folder: Path) -> None:
     block = defended(method=UNEVEN)
     alone = train(config(folder, **block))
@@ -232,3 +252,59 @@ def test_another_plugin_may_stand_beside(folder: Path) -> None:
     beside = train(config(folder, **block))
     assert equal(beside.parameters, alone.parameters)
     assert any(type(c).__name__ == "Seen" for c in beside.trainer.callback_handler.callbacks)
+
+
+@pytest.mark.slow
+def test_the_configuration_of_the_page_trains(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("train.jsonl", 0), ("refusals.jsonl", 9)):
+        runs.write_rows(tmp_path / name, runs.chats(36, seed))
+    small = config(folder, **LORA) | {"sequence_len": 128}  # longer rows are left out by Axolotl
+    kept = ("base_model", "sequence_len", "dataset_num_proc", "attn_implementation", "bf16", "tf32", "max_steps")
+    kept += tuple(name for name in LORA if name.endswith("_kernel"))
+    run = train(runs.page_config() | {name: small[name] for name in kept})
+    assert len(run.trainer.train_dataset) == 40  # 4 of 40 are mixed in
+    assert len(run.callback.safety_data) == 36
+    verdict = verify(tmp_path / "out")
+    assert verdict.defended, verdict
+
+
+ANTIBODY = {"name": "antibody", "on_inversion": "fallback"}  # the tiny model refuses nothing
+METHODS: dict[str, dict[str, Any]] = {
+    "neural_bds": {"method": "neural_bds"},
+    "antibody": {"method": ANTIBODY},
+    "lisa": {"method": {"name": "lisa", "user_steps": 2, "safe_steps": 1, "scheduler": "bds"}},
+    "combined": {"method": {"name": "combined", "parts": ["bds", ANTIBODY]}},
+    "sampled": {"method": "bds", "act": "sample"},
+    "by row": {"method": "bds", "normalizer": "row", "model_temperature": 0.01, "safety_batch_size": 2, "seed": 5},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", METHODS)
+def test_every_method_trains_here_too(folder: Path, tmp_path: Path, kind: str) -> None:
+    block = defended(**METHODS[kind], safety_data=str(folder / "safety.jsonl"))
+    run = train(config(folder, output_dir=str(tmp_path / "out"), **block))
+    assert run.callback.table().num_rows == 16
+    verdict = verify(tmp_path / "out")
+    assert verdict.defended, verdict
+
+
+@pytest.mark.slow
+@pytest.mark.compat("streamed training sets", "axolotl")
+def test_a_stream_is_defended(folder: Path, tmp_path: Path) -> None:
+    block = defended(method="bds", safety_data=str(folder / "safety.jsonl"))
+    run = train(config(folder, output_dir=str(tmp_path / "out"), streaming=True, **block))
+    assert run.trainer.state.global_step == 4
+    verdict = verify(tmp_path / "out")
+    assert verdict.defended, verdict
+
+
+@pytest.mark.parametrize("block", [{"plugins": [runs.PLUGIN]}, defended(method="bsd"), defended(method="bds")])
+def test_axolotl_stops_where_a_block_is_missing_or_not_allowed(folder: Path, block: dict[str, Any]) -> None:
+    from axolotl.cli.config import load_cfg
+    from axolotl.utils.dict import DictDefault
+
+    with pytest.raises(OptionError, match="safe_sched"):
+        load_cfg(DictDefault(config(folder, **block)))
+    load_cfg(DictDefault(config(folder)))  # the plugin is loaded still, and lets others alone

@@ -12,7 +12,7 @@ from tests.compat import BEGIN, CACHE, END, FEATURES, PAGE, main, shown_by, tabl
 
 
 def run(**tests: Any) -> dict[str, Any]:
-    told = {name: {"passed": passed, "cells": cells} for name, (passed, cells) in tests.items()}
+    told = {name: {"passed": passed, "marks": cells, "reasons": {}} for name, (passed, cells) in tests.items()}
     return {"versions": {"trl": "1.0"}, "tests": told}
 
 
@@ -33,6 +33,18 @@ def test_a_marker_adds_a_line() -> None:
     assert shown_by("tests/hf/test_gradients.py::test_hf_gradients_are_those[tied]") == {
         ("tied output embedding", "hf")
     }
+
+
+def test_what_is_refused_is_said_with_its_reason() -> None:
+    (cell,) = shown_by("tests/hf/test_setup.py::test_a_row_that_changes_at_run_time_stops_the_run")
+    assert cell == ("collators that change rows at run time", "refused")
+    told = run(a=(True, [["packing", "sft"], ["prompt tuning", "refused"]]), b=(False, [["LoRA", "refused"]]))
+    told["tests"]["a"]["reasons"] = {"prompt tuning": "because"}
+    told["tests"]["b"]["reasons"] = {"LoRA": "it is not refused: the test has failed"}
+    found = table([told])
+    assert "| prompt tuning | because |" in found
+    assert "LoRA" not in found
+    assert found.count("prompt tuning") == 1
 
 
 def test_the_page_keeps_what_is_written_by_hand(tmp_path: Path) -> None:

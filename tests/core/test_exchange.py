@@ -198,6 +198,16 @@ def test_ranks_with_other_rows_stop(rows: Tensor, match: str) -> None:
     on_ranks(2, work)
 
 
+def test_ranks_with_other_saved_states_stop() -> None:
+    def work(exchange: Joined) -> None:
+        session = Session(Fixed(), RowIndex(KEYS), exchange=exchange)
+        session.seen[3] += exchange.rank
+        with pytest.raises(DataError, match="rank 1 does not have the saved state of rank 0"):
+            session.require_same()
+
+    on_ranks(2, work)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_draw_what_one_process_draws(ranks: int) -> None:
     """Kept rows, their factors, and what a saved state remembers of steps that were drawn ahead."""

@@ -174,3 +174,18 @@ def test_our_own_plugin_is_installed_and_loads_no_trainer() -> None:
 
 def test_the_markers_belong_to_the_entry_point_group() -> None:
     assert hooks.hookimpl.project_name == hooks.hookspec.project_name == hooks.PROJECT == "safe_sched"
+
+
+def test_a_front_end_is_a_plugins(install):
+    """The first that knows the name runs it, with what stands behind the name; a name that nobody knows is an error."""
+    asked = []
+
+    def safe_sched_command(name: str, arguments: Any) -> int | None:
+        asked.append((name, arguments))
+        return 7 if name == "mine" else None
+
+    install(plugin(safe_sched_command=safe_sched_command))
+    assert hooks.command("mine", ["run", "--x"], needs="mine") == 7
+    assert asked == [("mine", ["run", "--x"])]
+    with pytest.raises(PluginError, match="can run safe-sched other. Install what it takes: pip install 'other'"):
+        hooks.command("other", [], needs="other")

@@ -315,10 +315,13 @@ def test_the_data_are_compared(tmp_path: Path) -> None:
 
 
 def test_data_that_cannot_be_compared_are_no_proof(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.step()
-    run.end(source=None)
-    assert "cannot be compared" in against(tmp_path, data=TEXTS)[1]
+    for number, source in enumerate((None, {"front_end": "one that saw a stream"})):
+        run = Run(tmp_path / str(number))
+        run.step()
+        run.end(source=source)
+        assert "cannot be compared" in against(tmp_path / str(number), data=TEXTS)[1]
+        assert verify(tmp_path / str(number)).defended
+    whole(tmp_path)
     with pytest.raises(DataError, match="no rows"):
         verify(tmp_path, data=[])
     with pytest.raises(DataError, match="no key and no tokens"):

@@ -284,17 +284,19 @@ def main() -> None:
             told, callback_module.exchange_of = callback_module.exchange_of, lambda trainer: Alone()
             found = run(name, place / "out", batch=BATCH)
             callback_module.exchange_of = told
-        elif how == "sharded":
-            with sharding_on_the_cpu():
-                found = run(name, place / "out", batch=BATCH, fsdp=True, fsdp_config=SHARDED)
-        elif how == "saved":
-            found = run(name, place / "out", batch=BATCH, save_strategy="steps", save_steps=3)
-        elif how == "resumed":
-            saved = folder / f"{name}; saved" / "out" / "checkpoint-3"
-            found = run(name, place / "out", batch=BATCH, resume=str(saved))
         else:
-            found = run(name, place / "out", batch=BATCH)
+            words, options = how.split(), {}
+            if "saved" in words:
+                options |= {"save_strategy": "steps", "save_steps": 3}
+            if "resumed" in words:
+                saved = f"{name}; {how.replace('resumed', 'saved')}"
+                options |= {"resume": str(folder / saved / "out" / "checkpoint-3")}
+            if "sharded" in words:
+                options |= {"fsdp": True, "fsdp_config": SHARDED}
+            with sharding_on_the_cpu() if "sharded" in words else contextlib.nullcontext():
+                found = run(name, place / "out", batch=BATCH, **options)
         save_file({k: v.clone() for k, v in found.items()}, place / f"rank{rank}.safetensors")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import TrainerCallback
 
-from safe_sched import BDS
+from safe_sched import BDS, Antibody, Lisa, NeuralBDS, combine
 from safe_sched.errors import DataError, NumericsError, SafeSchedError, StateError
 from safe_sched.manifest import read_manifest, verify
+from safe_sched.record import TABLE_FILE
 from safe_sched.state import MANIFEST_FILE, STATE_FILE
 from safe_sched_hf import SafeSchedCallback
 from tests.support import hooks_on, make_model, make_sft, parameters_of, single_thread, text_rows, token_rows
@@ -43,8 +46,9 @@ class Scheduler(BDS):
 
 def run(folder: Path, *more: TrainerCallback, resume: Path | None = None, **changes: Any) -> Any:
     options: dict[str, Any] = {"safety_data": SAFETY, "safety_batch_size": 3, "rows": ROWS} | changes
-    rows = options.pop("rows")
-    ours = SafeSchedCallback(Scheduler(), **options)
+    rows, scheduler = options.pop("rows"), options.pop("scheduler", None)
+    trainers = {name: options.pop(name) for name in ("packing", "max_length", "peft_config") if name in options}
+    ours = SafeSchedCallback(scheduler or Scheduler(), **options)
     trainer = make_sft(
         folder,
         rows,
@@ -55,6 +59,7 @@ def run(folder: Path, *more: TrainerCallback, resume: Path | None = None, **chan
         save_steps=SAVED,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
+        **trainers,
     )
     with single_thread():
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -126,6 +131,39 @@ def test_a_fault_stops_the_run_and_a_resume_ends_where_it_would_have(
     again = run(tmp_path, resume=tmp_path / f"checkpoint-{SAVED}")
     assert all(torch.equal(one, whole[name]) for name, one in parameters_of(again.model).items())
     assert verify(tmp_path).defended
+
+
+KINDS: dict[str, Callable[[], dict[str, Any]]] = {
+    "NeuralBDS": lambda: {"scheduler": NeuralBDS()},
+    "a combination": lambda: {"scheduler": combine(BDS(), Antibody(on_inversion="ignore"))},
+    "Lisa": lambda: {"scheduler": Lisa(safe_steps=1, user_steps=2, scheduler=BDS())},
+    "covariance": lambda: {"scheduler": BDS(evidence="covariance")},
+    "noise on the model": lambda: {"model_temperature": 1e-4},
+    "sample": lambda: {"act": "sample"},
+    "packed": lambda: {"packing": True, "max_length": 24},
+    "LoRA": lambda: {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")},  # pyright: ignore
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_goes_on_from_the_middle_of_its_measuring(kind: str, tmp_path: Path) -> None:
+    """Half of the rows are still to be measured at the checkpoint; parameters and table bit for bit."""
+    torch.manual_seed(0)
+    expected = parameters_of(run(tmp_path / "whole", **KINDS[kind]()).model)
+    torch.manual_seed(0)
+    again = run(tmp_path / "again", resume=tmp_path / "whole" / f"checkpoint-{SAVED}", **KINDS[kind]())
+    assert all(torch.equal(one, expected[name]) for name, one in parameters_of(again.model).items())
+    tables = [pyarrow.parquet.read_table(tmp_path / name / TABLE_FILE) for name in ("whole", "again")]
+    assert tables[0].equals(tables[1])
+
+
+def test_what_outlives_a_checkpoint_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: where a run keeps the probe's direction over a save, a resumed run ends elsewhere."""
+    monkeypatch.setattr("safe_sched_hf.attachment.Attachment.forget", lambda self: None)
+    kept = parameters_of(run(tmp_path / "whole").model)
+    again = parameters_of(run(tmp_path / "again", resume=tmp_path / "whole" / f"checkpoint-{SAVED}").model)
+    assert any(not torch.equal(again[name], one) for name, one in kept.items())
 
 
 def test_a_full_disk_leaves_no_half_state(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from safe_sched.state import MANIFEST_FILE, STATE_FILE
 from tests.hf import ranks_cases
 from tests.hf.ranks_cases import BATCH, CASES, FAULTS, run
-from tests.support import single_thread
+from tests.support import make_hf, single_thread
 
 ROOT = Path(__file__).parents[2]
 FLOAT, HALF = 1e-5, 2e-3  # of what is kept in float16, where a rounding error can be one of its last digits
@@ -29,24 +29,20 @@ FLOAT, HALF = 1e-5, 2e-3  # of what is kept in float16, where a rounding error c
 SAMPLE = ["safety", "row", "probe", "neural", "antibody, step", "lisa", "sample, accumulated", "stream"]
 UNTOUCHED = ["untouched", "equal", "untouched sft", "equal sft"]
 ODD = ["uneven", "sample nothing", "stream, each its own", "split"]
-SHARDED = [
-    "safety",
-    "probe",
-    "neural",
-    "sample, accumulated",
-    "row",
-    "released",
-    "covariance",
-    "packed",
-    "lora",
-    "stream",
-]
+SHARDED = ["safety", "neural", "sample, accumulated", "row", "released", "covariance", "packed", "lora", "stream"]
 REST = [name for name in CASES if name not in (*SAMPLE, *UNTOUCHED, *ODD)]
 RESUMED = ["fixed", "released", "probe", "sample, probe"]
-SAMPLED = [*SAMPLE, *UNTOUCHED[:2], "released; deaf", "fault; loss", "exchange"]
+SAMPLED = [*SAMPLE, *UNTOUCHED[:2], "released; deaf", "fault; loss", "exchange", "probe; sharded"]
 
+DDP, FSDP2 = "several processes: DDP", "several processes: FSDP2"
 slow = pytest.mark.slow
 sample = [pytest.mark.slow, pytest.mark.slow_sample, pytest.mark.timeout(600)]
+
+
+def cases(names: Sequence[str], feature: str, *marks: Any) -> list[Any]:
+    """The cases as parameters, each with its line of docs/compatibility.md."""
+    columns = {name: "hf" if CASES[name][0] is make_hf else "sft" for name in names}
+    return [pytest.param(name, marks=[*marks, pytest.mark.compat(feature, column)]) for name, column in columns.items()]
 
 
 def launch(folder: Path, names: Sequence[str], limit: float = 500) -> None:
@@ -79,7 +75,8 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = [f"{name}; {how}" for name in RESUMED for how in ("saved", "resumed")]
     faults = [f"fault; {name}" for name in FAULTS if name != "loss"]
     launch(folder, [*REST, *UNTOUCHED[2:], *ODD, *runs, *faults])
-    launch(folder, [f"{name}; sharded" for name in SHARDED])
+    kept = ["released; sharded saved", "released; sharded resumed"]
+    launch(folder, [*(f"{name}; sharded" for name in SHARDED), *kept])
     return folder
 
 
@@ -95,7 +92,8 @@ def off(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, floa
     for name, tensor in expected.items():
         assert found[name].shape == tensor.shape, name
         a, b = (torch.nan_to_num(x.double(), nan=-77.0) for x in (found[name], tensor))
-        rough = tensor.dtype == torch.float16 or (halves and name.endswith(("weight", "judged")) and "model." not in name)
+        sums = not name.startswith("model.") and name.endswith(("weight", "judged"))
+        rough = tensor.dtype == torch.float16 or (halves and sums)
         allowed = HALF if rough else FLOAT
         ratio = float((a - b).norm()) / max(float(b.norm()), 1e-12) / allowed
         if ratio > 1:
@@ -114,19 +112,23 @@ def is_law(folder: Path, made: str, tmp_path: Path, **options: Any) -> None:
 # the law --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=sample) for name in SAMPLE])
+@pytest.mark.parametrize("name", cases(SAMPLE, DDP, *sample))
 def test_two_ranks_are_one_with_twice_the_batch(name: str, sampled: Path, tmp_path: Path) -> None:
     is_law(sampled, name, tmp_path)
 
 
-@slow
-@pytest.mark.parametrize("name", REST)
+@pytest.mark.parametrize("name", cases(REST, DDP, slow))
 def test_two_ranks_are_one_with_twice_the_batch_in_every_method(name: str, others: Path, tmp_path: Path) -> None:
     is_law(others, name, tmp_path)
 
 
-@slow
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", cases(["probe"], FSDP2, *sample))
+def test_two_ranks_with_half_the_model_each_measure_as_one(name: str, sampled: Path, tmp_path: Path) -> None:
+    """FSDP2: the parameters that a probe moves are shards."""
+    is_law(sampled, f"{name}; sharded", tmp_path, name=name)
+
+
+@pytest.mark.parametrize("name", cases(SHARDED, FSDP2, slow))
 def test_two_ranks_with_half_the_model_each_are_one(name: str, others: Path, tmp_path: Path) -> None:
     """FSDP2."""
     is_law(others, f"{name}; sharded", tmp_path, name=name)
@@ -180,9 +182,9 @@ def test_rows_that_fill_the_last_batches_are_counted_as_often_as_they_are_traine
 
 
 @slow
-@pytest.mark.parametrize("name", ["fixed", "released"])
+@pytest.mark.parametrize("name", ["fixed; ", "released; ", "released; sharded "])
 def test_two_ranks_go_on_as_if_they_had_not_stopped(name: str, others: Path) -> None:
-    whole, resumed = said(others, f"{name}; saved"), said(others, f"{name}; resumed")
+    whole, resumed = said(others, f"{name}saved"), said(others, f"{name}resumed")
     for rank in (0, 1):
         assert all(torch.equal(resumed[rank][k], tensor) for k, tensor in whole[rank].items())
 

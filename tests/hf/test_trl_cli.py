@@ -29,7 +29,8 @@ from safe_sched.manifest import verify
 from safe_sched.mixing import mix
 from safe_sched.state import MANIFEST_FILE
 from safe_sched_hf import SafeSchedCallback
-from safe_sched_hf.trl_cli import command, read_call
+from safe_sched_hf.trl_call import read_call
+from safe_sched_hf.trl_cli import command
 from tests.support import make_model, make_tokenizer, single_thread, text_rows
 
 STEPS = 3
@@ -148,6 +149,14 @@ def test_mixed_rows_are_trained_on(home: Path, tmp_path: Path) -> None:
     assert (manifest["source"]["mix"]["share"], manifest["data"]["rows"]) == (0.25, 27)
 
 
+def test_a_stream_is_defended_too(home: Path, tmp_path: Path) -> None:
+    """Its rows are known as they come, so there is nothing to compare a file with."""
+    run(home, tmp_path / "ours", {"method": "fixed"}, dataset_streaming=True)
+    assert verify(tmp_path / "ours").defended
+    found = verify(tmp_path / "ours", data=home / "data" / "train.jsonl")
+    assert [check.name for check in found.checks if check.ok is False] == ["data"]
+
+
 def test_the_command_line_has_the_last_word(home: Path, tmp_path: Path) -> None:
     """On TRL's options and on the block's."""
     words = ["--safe_sched.method.tau", "2", "--safe-sched.method.on_inversion=ignore", "--learning_rate", "0.02"]
@@ -242,6 +251,28 @@ def launched(home: Path, out: Path, block: Any, *words: str) -> subprocess.Compl
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=240)
 
 
+def test_a_process_that_fails_is_an_exit_code(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of accelerate's one process, killed or not, and of the first that failed of several; others are not hidden."""
+    import accelerate.commands.launch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    path = config(home, tmp_path / "out", {"method": "fixed"}, num_processes=2)
+    failures = {
+        3: subprocess.CalledProcessError(3, "python"),
+        137: subprocess.CalledProcessError(-9, "python"),
+        2: ChildFailedError("worker", {1: ProcessFailure(1, 77, 2, str(tmp_path / "none"))}),
+    }
+    for code, error in failures.items():
+
+        def fail(options: Any, error: Exception = error) -> None:
+            assert (options.module, options.training_script) == (True, "safe_sched_hf.trl_cli")
+            assert options.num_processes == 2
+            raise error
+
+        monkeypatch.setattr(accelerate.commands.launch, "launch_command", fail)
+        assert command(["sft", "--config", str(path)]) == code
+
+
 @pytest.mark.slow
 @pytest.mark.slow_sample
 def test_processes_that_accelerate_starts_do_the_same(home: Path, tmp_path: Path) -> None:
@@ -260,3 +291,20 @@ def test_an_error_in_such_a_process_is_an_exit_code(home: Path, tmp_path: Path) 
     assert "none.jsonl" in found.stderr
     assert "Traceback" not in found.stderr
     assert not (tmp_path / "fails" / MANIFEST_FILE).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.compat("several processes: DDP", "trl")
+def test_two_processes_write_one_manifest(home: Path, tmp_path: Path) -> None:
+    """By torchrun, as ``accelerate launch`` does on several GPUs: the rows of both are counted, by one of them."""
+    block = {"method": "bds", "safety_data": str(home / "safety.jsonl")}
+    path = config(home, tmp_path / "two", block, ddp_backend="gloo", save_strategy="steps", save_steps=2)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    line += ["-m", "safe_sched_hf.trl_cli", "--config", str(path)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    found = subprocess.run(line, capture_output=True, text=True, env=env, timeout=280)
+    assert found.returncode == 0, found.stderr
+    verdict = verify(tmp_path / "two", data=home / "data" / "train.jsonl")
+    assert verdict.defended, verdict
+    manifest = json.loads((tmp_path / "two" / MANIFEST_FILE).read_text())
+    assert manifest["coverage"]["rows_trained_on"] == 2 * 4 * STEPS

@@ -53,7 +53,7 @@ def check(
     """
     with errors_as_exit_codes():
         flags = ["--strict"] if strict else []
-        code = command("axolotl", ["check", *flags, config, *context.args], needs="safe-sched[axolotl,trl]")
+        code = command("axolotl", ["check", *flags, config, *context.args], needs="safe-sched[axolotl]")
     raise typer.Exit(code)
 
 
@@ -80,5 +80,5 @@ def train(context: typer.Context, config: _Config) -> None:
     defended on every row; another one: the training's own.
     """
     with errors_as_exit_codes():
-        code = command("axolotl", ["train", config, *context.args], needs="safe-sched[axolotl,trl]")
+        code = command("axolotl", ["train", config, *context.args], needs="safe-sched[axolotl]")
     raise typer.Exit(code)
