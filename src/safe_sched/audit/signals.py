@@ -62,10 +62,28 @@ class Detector(Protocol):
         ...
 
 
+def travels(detector: Detector) -> bool:
+    """Whether a fitted detector may be copied into other processes of this machine, to score there.
+
+    It says so by ``travels: ClassVar[bool] = True``, and must be quick to pickle. One that holds a model or a device
+    should not, and needs to say nothing.
+    """
+    return bool(getattr(detector, "travels", False))
+
+
 @runtime_checkable
 class Anchored(Protocol):
     """A harm detector that knows what harmful rows get, which anchors the calibration."""
 
     def known(self) -> np.ndarray | None:
         """float32 (n,): the values of known harmful rows, each by a fit that has not seen the row; None: unknown."""
+        ...
+
+
+@runtime_checkable
+class Contrasted(Protocol):
+    """A harm detector that knows what harmless rows get that sound harmful; it counts where it is `Anchored` too."""
+
+    def known_harmless(self) -> np.ndarray | None:
+        """float32 (m,): the values of known harmless rows, each by a fit that has not seen the row; None: unknown."""
         ...
