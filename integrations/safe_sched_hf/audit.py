@@ -92,11 +92,6 @@ class AntibodyRatio(_Asked):
         found = self.model.known()
         return None if found is None else _unless_blank(found.antibody)
 
-    def known_harmless(self) -> np.ndarray | None:
-        """Of harmless prompts that sound harmful."""
-        found = self.model.known_harmless()
-        return None if found is None else _unless_blank(found.antibody)
-
     def _values(self, found: Measures) -> np.ndarray:
         return found.antibody
 
@@ -120,11 +115,6 @@ class Probe(_Asked):
     def known(self) -> np.ndarray | None:
         """Of safety prompts with an inert compliance, which were not used for the gradient."""
         found = self.model.known()
-        return None if found is None else _unless_blank(found.probe)
-
-    def known_harmless(self) -> np.ndarray | None:
-        """Of harmless prompts that sound harmful."""
-        found = self.model.known_harmless()
         return None if found is None else _unless_blank(found.probe)
 
     def _values(self, found: Measures) -> np.ndarray:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from safe_sched.audit import audit
+from safe_sched.audit import audit, detectors
 from safe_sched.audit.detectors import learning
 from safe_sched.audit.detectors.learning import Explained, explain, together
-from safe_sched.audit.detectors.text import TextScorer
 from safe_sched.rows import core_rows
 
 WORDS = ("ferry", "castle", "novel", "river", "senate", "comet", "violin", "desert", "harbour", "treaty")
@@ -109,6 +108,6 @@ def test_harmless_prompts_that_sound_harmful_are_left_alone(monkeypatch: pytest.
     assert got[alike].mean() <= 0.1
     assert not got[~alike].any()
     assert share < 0.02
-    monkeypatch.setattr(TextScorer, "known_harmless", lambda _: None)
+    monkeypatch.setattr(detectors.TextScorer, "known_harmless", lambda _: None)
     got, _ = flagged(prompts)
     assert got[alike].mean() > 0.2

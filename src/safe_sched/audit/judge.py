@@ -98,7 +98,7 @@ class Judge:
         return Share(float(value), float(min(low, value)), float(max(high, value)))
 
 
-_SILENT = "not scored: no signal says anything of it, its prompt may be empty"
+_SILENT = "not scored: no signal says anything of it"
 
 
 def schema_of(detectors: Iterable[Detector]) -> pa.Schema:

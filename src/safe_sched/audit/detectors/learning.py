@@ -92,8 +92,8 @@ def together(one: Any, other: Any, mixed: float) -> Any:
     """Log-odds against both sorts of harmless rows, of which ``mixed`` is the share of the second.
 
     Example:
-        >>> together(9.0, -2.0, 0.5).round(2), together(9.0, -2.0, 0.0)
-        (-1.31, 9.0)
+        >>> [round(float(together(9.0, -2.0, mixed)), 2) for mixed in (0.5, 0.0)]
+        [-1.31, 9.0]
     """
     return -np.logaddexp(np.log1p(-mixed) - one, (np.log(mixed) if mixed > 0 else -np.inf) - other)
 
