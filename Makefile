@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Passed on to pytest: make test PYTEST_ARGS="-x -k gate"
 PYTEST_ARGS ?=
+# Tests run in so many processes of one thread each; their models are too small for a second thread to help.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Nothing here needs the network or a GPU once the environment is built.
 export HF_HUB_OFFLINE ?= 1
@@ -43,10 +46,10 @@ demo: $(STAMP) ## a fine-tuning run on poisoned data, with and without the defen
 	$(BIN)/python -m examples.demo
 
 test: $(STAMP) ## tests and doctests, without the slow ones
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 check: lint types imports docs ## all that a change must pass: the four below, then the tests with a sample of the slow ones
-	$(BIN)/python -m pytest -m "slow_sample or not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "slow_sample or not slow" $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
