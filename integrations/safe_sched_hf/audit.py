@@ -86,10 +86,16 @@ class AntibodyRatio(_Asked):
     name: ClassVar[str] = "antibody"
     about: ClassVar[str] = "would the model refuse where the row answers, or answer where it refuses (log-odds in nats)"
     kind: ClassVar[Sort] = "harm"
+    absolute: ClassVar[bool] = True
 
     def known(self) -> np.ndarray | None:
         """Of safety prompts with an inert compliance, which were not used to choose openings."""
         found = self.model.known()
+        return None if found is None else _unless_blank(found.antibody)
+
+    def known_harmless(self) -> np.ndarray | None:
+        """Of harmless prompts that sound harmful, with an inert compliance."""
+        found = self.model.known_harmless()
         return None if found is None else _unless_blank(found.antibody)
 
     def _values(self, found: Measures) -> np.ndarray:
@@ -111,10 +117,16 @@ class Probe(_Asked):
         "does teaching the model to refuse make the row's answer less likely (0: no, 1: as much as that of harm)"
     )
     kind: ClassVar[Sort] = "harm"
+    absolute: ClassVar[bool] = True
 
     def known(self) -> np.ndarray | None:
         """Of safety prompts with an inert compliance, which were not used for the gradient."""
         found = self.model.known()
+        return None if found is None else _unless_blank(found.probe)
+
+    def known_harmless(self) -> np.ndarray | None:
+        """Of harmless prompts that sound harmful, with an inert compliance."""
+        found = self.model.known_harmless()
         return None if found is None else _unless_blank(found.probe)
 
     def _values(self, found: Measures) -> np.ndarray:

@@ -11,16 +11,19 @@ where known harmless rows stand is explained by harmless rows. p is made monoton
 likely harmful. Intervals come from the bootstrap: what p would have been with other rows of the same kind, and with
 known rows that stand a little elsewhere. They do not cover harmful rows that no signal sees.
 
-Where labels are given, p is the isotonic regression of the labels on s.
+What a model says is added to the log-odds of p afterwards (`safe_sched.audit.contrast`).
+
+Where labels are given, p is the isotonic regression of the labels on s, to which all signals are added up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from safe_sched.audit.contrast import Contrast
 from safe_sched.audit.density import Mixture, fit_mixture
 from safe_sched.errors import DataError
 
@@ -77,6 +80,7 @@ class Calibration:
         curve: float64 (GRID,), the probability at each.
         curves: float64 (BOOTSTRAPS, GRID), what it would have been with other rows.
         about: How it came about, in words.
+        contrast: What the signals that are not in the score add to a probability; None: nothing.
     """
 
     scales: Mapping[str, Scale]
@@ -85,23 +89,33 @@ class Calibration:
     curve: np.ndarray
     curves: np.ndarray
     about: str
+    contrast: Contrast | None = None
 
     def score(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """The combined score of some rows, float64 (rows,)."""
         parts = [weight * self.scales[name](values[name]) for name, weight in self.weights.items()]
         return np.sum(parts, axis=0)
 
-    def chances(self, score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Probability, and the ends of its interval, of rows with these scores."""
+    def added(self, values: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """What the signals that are not in the score add to the log-odds of some rows, float64 (rows,)."""
+        return None if self.contrast is None else self.contrast.log_odds(values)
+
+    def chances(self, score: np.ndarray, added: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Probability, and the ends of its interval, of rows with these scores, and with what `added` gave for them."""
         low, high = np.quantile(self.curves, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-        mid = np.interp(score, self.grid, self.curve)
-        low, high = np.interp(score, self.grid, low), np.interp(score, self.grid, high)
+        mid, low, high = (self._at(score, curve, added) for curve in (self.curve, low, high))
         return mid, np.minimum(low, mid), np.maximum(high, mid)
 
-    def sums(self, score: np.ndarray) -> np.ndarray:
+    def sums(self, score: np.ndarray, added: np.ndarray | None = None) -> np.ndarray:
         """Expected harmful rows among these, under the curve and under each of `curves`: float64 (1 + BOOTSTRAPS,)."""
-        counts = _binned(score, self.grid)
-        return np.concatenate([[np.interp(score, self.grid, self.curve).sum()], self.curves @ counts])
+        whole = self._at(score, self.curve, added).sum()
+        if self.contrast is None or added is None:
+            return np.concatenate([[whole], self.curves @ _binned(score, self.grid)])
+        return np.array([whole, *(self._at(score, curve, added).sum() for curve in self.curves)])
+
+    def _at(self, score: np.ndarray, curve: np.ndarray, added: np.ndarray | None) -> np.ndarray:
+        p = np.interp(score, self.grid, curve)
+        return p if self.contrast is None or added is None else self.contrast.added(p, added)
 
 
 def calibrate(
@@ -109,6 +123,7 @@ def calibrate(
     known: Mapping[str, np.ndarray],
     harmless: Mapping[str, np.ndarray] | None = None,
     *,
+    absolute: Iterable[str] = (),
     labels: np.ndarray | None = None,
     seed: int = 0,
 ) -> Calibration:
@@ -118,6 +133,7 @@ def calibrate(
         values: float (rows,) by signal: larger is more suspicious, nan where it has nothing to say.
         known: float (n,) by signal, where it is known: the values of rows that are harmful for sure.
         harmless: float (m,) by signal, where it is known: the values of harmless rows that sound harmful.
+        absolute: Signals whose values mean the same in every file (`safe_sched.audit.contrast`).
         labels: float (rows,): 1 harmful, 0 not, nan unknown; None: none.
         seed: Of the bootstrap.
 
@@ -133,6 +149,16 @@ def calibrate(
         array([0., 1.])
     """
     rng = np.random.default_rng(seed)
+    known_rows = labels is not None and ~np.isnan(labels)
+    labelled = labels is not None and bool(np.any(known_rows))
+    named_apart = set(absolute)
+    contrast, apart = None, [name for name in values if name in named_apart]
+    if len(apart) < len(values) and not labelled:  # with labels, or with nothing beside them, they are in the score
+        sides = [{name: one[name] for name in apart if name in one} for one in (known, harmless or {})]
+        contrast = Contrast.of(*sides)
+        values, known, harmless = (
+            {name: value for name, value in one.items() if name not in apart} for one in (values, known, harmless or {})
+        )
     both = known, harmless or {}
     scales = {name: Scale.of(value, *(one[name] for one in both if name in one)) for name, value in values.items()}
     z = np.array([scales[name](value) for name, value in values.items()]).reshape(len(values), -1)
@@ -150,8 +176,7 @@ def calibrate(
     score = weights @ z
     mixture, grid, counts, ends = _mixture(score, weights, anchors, others)
     named = dict(zip(values, map(float, weights), strict=True))
-    known_rows = labels is not None and ~np.isnan(labels)
-    if labels is not None and np.any(known_rows):
+    if labels is not None and labelled:
         curve, curves = _isotonic(score[known_rows], labels[known_rows], grid, rng)
         about = f"isotonic regression on {np.count_nonzero(known_rows)} labelled rows"
         return Calibration(scales, named, grid, curve, curves, about)
@@ -160,7 +185,10 @@ def calibrate(
         drawn = rng.multinomial(int(counts.sum()), counts / counts.sum()).astype(float) if counts.sum() else counts
         moved = [_elsewhere(end, rng) for end in ends]
         curves[number] = fit_mixture(grid, drawn, *moved, start=mixture).chance()
-    return Calibration(scales, named, grid, mixture.chance(), curves, mixture.about())
+    about = mixture.about()
+    if contrast is not None:
+        about += f"; then {' and '.join(contrast.names)}, by what known rows have of them"
+    return Calibration(scales, named, grid, mixture.chance(), curves, about, contrast)
 
 
 def _elsewhere(known: np.ndarray | None, rng: np.random.Generator) -> np.ndarray | None:

@@ -17,7 +17,7 @@ from safe_sched.audit.inputs import Entry, Inputs
 from safe_sched.audit.labels import KnownLabels
 from safe_sched.audit.rows import AuditRow
 from safe_sched.audit.shards import Shards
-from safe_sched.audit.signals import Anchored, Contrasted, Detector
+from safe_sched.audit.signals import Anchored, Contrasted, Detector, absolute
 from safe_sched.errors import DataError, StateError
 
 SAMPLE = 200_000
@@ -134,6 +134,7 @@ def calibrated(found: Sequence[Detector], shards: Shards, rows: int, seed: int) 
     return calibrate(
         {name: values[name] for name in names},
         *there,
+        absolute=[detector.name for detector in found if detector.kind == "harm" and absolute(detector)],
         labels=values["label"],
         seed=seed,
     )

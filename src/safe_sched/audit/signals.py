@@ -71,6 +71,15 @@ def travels(detector: Detector) -> bool:
     return bool(getattr(detector, "travels", False))
 
 
+def absolute(detector: Detector) -> bool:
+    """Whether a harm detector's values mean the same in every file, as those of a model do.
+
+    It says so by ``absolute: ClassVar[bool] = True``, and must be `Anchored` and `Contrasted`: what its values are
+    worth is then learnt from known rows, not from the file.
+    """
+    return bool(getattr(detector, "absolute", False))
+
+
 @runtime_checkable
 class Anchored(Protocol):
     """A harm detector that knows what harmful rows get, which anchors the calibration."""
