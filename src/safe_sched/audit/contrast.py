@@ -1,8 +1,8 @@
 r"""What the signals of a model add to a probability: by what known rows have of them.
 
-Signals whose values mean the same in every file (`safe_sched.audit.signals.absolute`) are not measured against it. Known
-harmful rows and harmless ones that sound like them say what a value is worth, by a logistic regression between the two,
-each side of the same weight:
+Signals whose values mean the same in every file (`safe_sched.audit.signals.absolute`) are not measured against one.
+Known harmful rows, and harmless ones that sound like them, say what a value is worth, by a logistic regression between
+the two in which both sides weigh the same:
 
     L(x) = sum_k a_k (x_k - m_k) / d_k + b,  a_k >= 0        logit p = logit p_file + L
 
