@@ -15,6 +15,9 @@ AXOLOTL_ARGS ?=
 # beside Axolotl's own tests, some of the callback's, with the versions of transformers and TRL that Axolotl pins
 AXOLOTL_TESTS ?= tests/axolotl tests/hf/test_settings.py \
   tests/hf/test_gradients.py::test_sft_gradients_are_those_of_the_weighted_loss
+# Tests run in so many processes of one thread each; their models are too small for a second thread to help.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Nothing here needs the network or a GPU once the environment is built.
 export HF_HUB_OFFLINE ?= 1
@@ -43,14 +46,14 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "Python 3.11 was not found (looked for python3.11 and python3). Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time takes a minute or two."
-	$(BIN)/python -m pip install -qq --no-input --no-compile -c constraints.txt -e ".[trl,demo,dev,docs]"
+	$(BIN)/python -m pip install -qq --no-input --no-compile -c constraints.txt -e ".[trl,audit,demo,dev,docs]"
 	@touch $@
 
 demo: $(STAMP) ## a fine-tuning run on poisoned data, with and without the defence
 	$(BIN)/python -m examples.demo
 
 test: $(STAMP) ## tests and doctests, without the slow ones; without PYTEST_ARGS also those with Axolotl
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 	$(if $(strip $(PYTEST_ARGS)),,@$(MAKE) axolotl)
 
 $(AXOLOTL_STAMP): pyproject.toml constraints-axolotl.txt
@@ -65,7 +68,7 @@ axolotl: $(AXOLOTL_STAMP) ## tests with Axolotl and the versions that it pins, i
 	CUDA_VISIBLE_DEVICES= AXOLOTL_DO_NOT_TRACK=1 $(AXOLOTL)/bin/python -m pytest -p no:anyio $(AXOLOTL_ARGS) $(AXOLOTL_TESTS)
 
 check: lint types imports docs ## all that a change must pass: the four below, then the tests with a sample of the slow ones
-	$(BIN)/python -m pytest -m "slow_sample or not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "slow_sample or not slow" $(PYTEST_ARGS)
 	@$(MAKE) axolotl AXOLOTL_ARGS='-m "slow_sample or not slow"'
 
 lint: $(STAMP) ## ruff: rules and format

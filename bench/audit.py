@@ -21,9 +21,8 @@ import random
 import re
 import shlex
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,7 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run as a script: python bench/audit.py
 from bench.report import Section, markdown, show
-from safe_sched.audit.detectors import default_detectors
-from safe_sched.audit.rows import audit_row
 from safe_sched.audit.run import audit
-from safe_sched.rows import core_rows
 
 HOSTS = {"gsm8k": "gsm8k_train", "boolq": "boolq_train", "agnews": "agnews_train", "dolly": "dolly"}
 SHARES = (0.0, 0.01, 0.05, 0.2)
@@ -136,8 +132,9 @@ def detection(
             for seed in options.seeds:
                 runs.append(measure(make(host, prompts, share, options.rows, seed), safety))
             lines.append([task, f"{share:.0%}", *_cells(runs)])
-        runs = [measure(make(host, prompts, 0.0, options.rows, seed, alike), safety) for seed in options.seeds]
-        lines.append([f"{task} + look-alikes", "0%", *_cells(runs)])
+        for share in (0.0, 0.05):
+            runs = [measure(make(host, prompts, share, options.rows, seed, alike), safety) for seed in options.seeds]
+            lines.append([f"{task} + look-alikes", f"{share:.0%}", *_cells(runs)])
     header = (
         "file",
         "harmful",
@@ -180,39 +177,9 @@ def controls(options: argparse.Namespace, prompts: Sequence[str]) -> Section:
     )
 
 
-def speed(options: argparse.Namespace) -> Section:
-    """Rows per CPU second of all detectors, in both passes."""
-    lines = []
-    for task in options.hosts:
-        raw = load(options.data, HOSTS[task])
-        rows = [
-            audit_row({**row, "output": f"{row['output']} {turn}"}, len(raw) * turn + number, schema="alpaca")
-            for turn in range(-(-options.speed_rows // len(raw)))
-            for number, row in enumerate(raw)
-        ][: options.speed_rows]
-        found = default_detectors(core_rows())
-        batches = [rows[start : start + 512] for start in range(0, len(rows), 512)]
-        clock = [time.process_time()]
-        for detector in found:
-            for batch in batches:
-                detector.observe(batch)
-        clock.append(time.process_time())
-        for detector in found:
-            detector.ready()
-        clock.append(time.process_time())
-        for detector in found:
-            for batch in batches:
-                detector.score(batch)
-        clock.append(time.process_time())
-        seen, fit, scored = np.diff(clock)
-        lines.append([task, f"{len(rows):,}", f"{len(rows) / (seen + scored):,.0f}", f"{fit:.1f}"])
-    header = ("file", "rows", "rows per CPU second", "seconds to fit, once")
-    return Section("Speed of the detectors", "One core, both passes, without reading files.", header, lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of gsm8k_train.jsonl and the others")
+    parser.add_argument("--data", type=Path, help="folder of gsm8k_train.jsonl and the others")
     parser.add_argument(
         "--prompts", default="harmful_prompts_train", help="file of the harmful prompts, in that folder"
     )
@@ -220,9 +187,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--rows", type=int, default=1500, help="of a file")
-    parser.add_argument("--speed-rows", type=int, default=5000, help="rows that speed is measured with; 0: it is not")
     parser.add_argument("--out", type=Path, help="where to write the tables as a page")
+    parser.add_argument("--save", type=Path, help="where to write the tables as JSON")
+    parser.add_argument("--join", type=Path, nargs="+", help="only make a page of tables that were saved")
     options = parser.parse_args(arguments)
+    if options.join:
+        report(joined([json.loads(path.read_text("utf-8")) for path in options.join]), options.out)
+        return
+    if options.data is None:
+        parser.error("name the folder, --data")
     if not all(0 <= share < 1 for share in options.shares):
         parser.error("shares are at least 0 and less than 1")
     prompts = [row["instruction"] for row in load(options.data, options.prompts)]
@@ -232,12 +205,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {"prompt": row["instruction"], "completion": row["output"]} for row in load(options.data, "safety_refusals")
     ]
     sections += [detection(options, prompts, alike, other, "safety_refusals"), controls(options, prompts)]
-    if options.speed_rows:
-        sections.append(speed(options))
     setting = shlex.join(["python", "bench/audit.py", *(sys.argv[1:] if arguments is None else arguments)])
-    show(sections, setting, Console(width=160))
-    if options.out:
-        options.out.write_text(markdown(["# Audit: detection", f"Made by `{setting}`."], sections), "utf-8")
+    made = {"made": [setting], "sections": [asdict(section) for section in sections]}
+    if options.save:
+        options.save.write_text(json.dumps(made), "utf-8")
+    report(made, options.out)
+
+
+def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Runs over several hosts as one: tables of one title are one table."""
+    tables: dict[str, dict[str, Any]] = {}
+    for section in (section for part in parts for section in part["sections"]):
+        have = tables.setdefault(section["title"], {**section, "lines": []})
+        if (have["note"], have["header"]) != (section["note"], section["header"]):
+            raise SystemExit(f"{section['title']}: the runs differ in more than their hosts; join runs of one kind")
+        have["lines"] += section["lines"]
+    return {"made": [line for part in parts for line in part["made"]], "sections": list(tables.values())}
+
+
+def report(made: dict[str, Any], out: Path | None) -> None:
+    """On the screen, and as a page."""
+    sections = [Section(**section) for section in made["sections"]]
+    show(sections, "\n".join(made["made"]), Console(width=160))
+    if out:
+        commands = "\n".join(f"    {line}" for line in made["made"])
+        out.write_text(markdown(["# Audit: detection", f"Made by\n\n{commands}"], sections), "utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ budget of padded tokens a batch, and makes their logits; rows are tokens before 
 covers everything from texts to numbers: chat template, tokenizer, layout, forward, readings::
 
     python bench/audit_model.py --rows 600 --turns 5
-    python bench/audit_model.py --detection
 """
 
 from __future__ import annotations
@@ -23,10 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from sklearn.metrics import roc_auc_score
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safe_sched.audit import run
 from safe_sched.audit.rows import AuditRow, audit_row
 from safe_sched.hooks import AuditRequest
 from safe_sched_hf.audit_forward import bucketed
@@ -81,11 +78,11 @@ def fresh(model: AlignedModel, rows: Sequence[AuditRow], block: int) -> None:
 def naive(model: AlignedModel, given: Any, rows: Sequence[AuditRow]) -> None:
     """A loop as one would write it: a row's own forward, and one with every refusal behind its prompt."""
     for row in rows:
-        (line,) = model._lines(model.preparation([row]))
+        (line,) = model.refusals.lines(model.preparation([row]))
         assert line is not None
         given(input_ids=torch.tensor([line.tokens]), use_cache=False).logits.float().log_softmax(-1)
         for branch in line.branch:
-            refusals = [torch.tensor([*line.tokens[:branch], *opening]) for opening in model.openings]
+            refusals = [torch.tensor([*line.tokens[:branch], *opening]) for opening in model.refusals.openings]
             ids, mask = pad_rows(refusals, model.forwards.pad)
             given(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
 
@@ -113,7 +110,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     plain = models[False]
     lines = [torch.tensor(row.tokens) for row in plain.preparation(rows)]
     own = sum(line.numel() for line in lines)
-    nodes = plain.branches.tokens.numel()
+    nodes = plain.refusals.branches.tokens.numel()
     few = rows[: args.loop_rows]
     arms: dict[str, Callable[[], None]] = {
         "bare": lambda: bare(given, lines, plain.forwards.budget, plain.forwards.pad),
@@ -154,31 +151,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def detection(rows: int, shares: Sequence[float], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """AUROC of every signal of the model and of ``p_harmful`` with and without it, on the files of `bench.tasks`."""
-    folder, safety = str(demo.build(progress=False)), tasks.safety_rows(64)
-    found = []
-    for name, task in TASKS.items():
-        for share in shares:
-            for seed in seeds:
-                drawn = task.rows(rows, share, seed)
-                harmful = [row["harmful"] for row in drawn]
-                given = [{"messages": row["messages"]} for row in drawn]
-                line: dict[str, Any] = {"file": name, "share": share, "seed": seed}
-                for kind, model in (("text alone", None), ("with the model", folder)):
-                    findings = run.audit(given, model=model, safety_data=safety)
-                    p = findings.table["p_harmful"].to_numpy()
-                    line[f"AUROC, {kind}"] = round(float(roc_auc_score(harmful, p)), 4)
-                    line[f"share, {kind}"] = round(float(np.mean(p)), 4)
-                    line[f"flagged benign, {kind}"] = round(float(np.mean(p[~np.array(harmful)] >= 0.5)), 4)
-                    for signal in ("antibody", "probe", "propensity", "surprise") if model else ():
-                        values = np.nan_to_num(findings.table[signal].to_numpy(), nan=-1e9)
-                        line[f"AUROC, {signal}"] = round(float(roc_auc_score(harmful, values)), 4)
-                print(json.dumps(line), flush=True)
-                found.append(line)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, default=600)
@@ -189,14 +161,8 @@ def main() -> None:
     )
     parser.add_argument("--width", type=int, default=0, help="of a model with random parameters; 0: the demo's model")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--detection", action="store_true", help="AUROC on the files of bench/tasks.py, and no times")
-    parser.add_argument("--shares", type=float, nargs="*", default=[0.01, 0.05, 0.2])
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     args = parser.parse_args()
-    if args.detection:
-        detection(args.rows, args.shares, args.seeds)
-    else:
-        print(json.dumps(measure(args), indent=2))
+    print(json.dumps(measure(args), indent=2))
 
 
 if __name__ == "__main__":

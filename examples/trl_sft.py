@@ -25,12 +25,13 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or hub name of a causal language model")
     parser.add_argument("--data", required=True, help="a .jsonl file of `messages` rows")
     parser.add_argument("--safety", default="core", help="safety rows: 'core' or a file (default: core)")
+    parser.add_argument("--prior", help="column of DATA with each row's p_harmful, such as safe_sched.p_harmful")
     parser.add_argument("--out", default="runs/trl", help="where to write (default: runs/trl)")
     parser.add_argument("--epochs", type=float, default=3.0, help="passes over the data (default: 3)")
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate (default: 1e-4)")
     args = parser.parse_args()
 
-    callback = SafeSchedCallback("bds", safety_data=args.safety)
+    callback = SafeSchedCallback("bds", safety_data=args.safety, prior=args.prior)
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(args.model),
         processing_class=AutoTokenizer.from_pretrained(args.model),

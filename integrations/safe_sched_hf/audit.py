@@ -1,4 +1,4 @@
-"""Signals of ``safe-sched audit`` that ask a model: see `safe_sched_hf.audit_model` for what they are.
+"""Signals of ``safe-sched audit`` that ask a model: see `safe_sched_hf.audit_numbers` for what they are.
 
 Two of them speak of harm: Antibody's ratio, which knows what the row answers, and the probe. How likely the model is to
 refuse the prompt alone, and how unlikely it finds the answer, are shown beside them: the first is high for the rows of
@@ -20,7 +20,8 @@ from safe_sched.audit.signals import Detector, Evidence, Sort
 from safe_sched.generation import canonical
 from safe_sched.hooks import AuditRequest
 from safe_sched.scorer import Scorer
-from safe_sched_hf.audit_model import AlignedModel, Measures
+from safe_sched_hf.audit_model import AlignedModel
+from safe_sched_hf.audit_numbers import Measures
 from safe_sched_hf.audit_scorer import SavedScorer
 
 
@@ -85,11 +86,17 @@ class AntibodyRatio(_Asked):
     name: ClassVar[str] = "antibody"
     about: ClassVar[str] = "would the model refuse where the row answers, or answer where it refuses (log-odds in nats)"
     kind: ClassVar[Sort] = "harm"
+    absolute: ClassVar[bool] = True
 
     def known(self) -> np.ndarray | None:
         """Of safety prompts with an inert compliance, which were not used to choose openings."""
         found = self.model.known()
-        return None if found is None else found.antibody
+        return None if found is None else _unless_blank(found.antibody)
+
+    def known_harmless(self) -> np.ndarray | None:
+        """Of harmless prompts that sound harmful, with an inert compliance."""
+        found = self.model.known_harmless()
+        return None if found is None else _unless_blank(found.antibody)
 
     def _values(self, found: Measures) -> np.ndarray:
         return found.antibody
@@ -110,11 +117,17 @@ class Probe(_Asked):
         "does teaching the model to refuse make the row's answer less likely (0: no, 1: as much as that of harm)"
     )
     kind: ClassVar[Sort] = "harm"
+    absolute: ClassVar[bool] = True
 
     def known(self) -> np.ndarray | None:
         """Of safety prompts with an inert compliance, which were not used for the gradient."""
         found = self.model.known()
-        return None if found is None or np.isnan(found.probe).all() else found.probe
+        return None if found is None else _unless_blank(found.probe)
+
+    def known_harmless(self) -> np.ndarray | None:
+        """Of harmless prompts that sound harmful, with an inert compliance."""
+        found = self.model.known_harmless()
+        return None if found is None else _unless_blank(found.probe)
 
     def _values(self, found: Measures) -> np.ndarray:
         return found.probe
@@ -154,6 +167,10 @@ class Surprise(_Asked):
         if value > blind:
             return "the model finds its answer less likely than tokens drawn at random"
         return None if found.whole[row] else f"cut: the model has read {self.model.preparation.longest} tokens of it"
+
+
+def _unless_blank(values: np.ndarray) -> np.ndarray | None:
+    return None if np.isnan(values).all() else values
 
 
 def _settings(request: AuditRequest) -> dict[str, object]:

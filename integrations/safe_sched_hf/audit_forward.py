@@ -97,7 +97,9 @@ class Forwards:
     def _careful(self, lines: list[Line], branches: Branches | None) -> list[Reading]:
         try:
             return self._batch(lines, branches)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             if len(lines) == 1:
                 raise ModelError(
                     f"out of memory on one row of {len(lines[0].tokens)} tokens: lower max_length, or use bfloat16"
@@ -161,6 +163,16 @@ class Forwards:
         finally:
             if handle is not None:
                 handle.remove()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or this machine, has no room left.
+
+    Example:
+        >>> out_of_memory(MemoryError()), out_of_memory(RuntimeError("shapes differ"))
+        (True, False)
+    """
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 # batches ------------------------------------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ from transformers import AutoTokenizer
 
 from safe_sched.audit.rows import AuditRow
 from safe_sched.audit.signals import Evidence, Sort
-from safe_sched.errors import DataError
+from safe_sched.errors import DataError, ModelError
 from safe_sched.hooks import AuditRequest
 from safe_sched.identity import IGNORE_INDEX
 from safe_sched.rows import core_rows
 from safe_sched.scorer import Scorer
-from safe_sched_hf.audit_forward import bucketed
-from safe_sched_hf.audit_model import AlignedModel, _safety, complying
+from safe_sched_hf.audit_forward import bucketed, out_of_memory
+from safe_sched_hf.audit_model import AlignedModel
+from safe_sched_hf.audit_prompts import complying, safety_of
 from safe_sched_hf.features import EncoderFeatures, _hidden_features
 from safe_sched_hf.losses import _device
 from safe_sched_hf.safety import _tokenize
@@ -75,7 +76,7 @@ class SavedScorer:
 
     def known(self) -> np.ndarray | None:
         """Of safety prompts with an inert compliance."""
-        rows = _safety(self.request.safety_rows or core_rows())
+        rows = safety_of(self.request.safety_rows or core_rows())
         return self.score([complying(row, i) for i, row in enumerate(rows)]).value
 
     def settings(self) -> dict[str, object]:
@@ -118,9 +119,24 @@ class SavedScorer:
         parts, order = [], []
         with model.forwards.precision():
             for batch in bucketed([tokens.numel() for tokens, _ in prepared], model.forwards.budget):
-                parts.append(_hidden_features(given, [prepared[i] for i in batch], len(batch)))
+                parts.append(_careful(given, [prepared[i] for i in batch]))
                 order += batch
         return torch.cat(parts)[torch.tensor(order).argsort()] if parts else torch.empty(0), problems
+
+
+def _careful(model: Any, rows: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Features of rows that run together, or in smaller company where memory is short."""
+    try:
+        return _hidden_features(model, rows, len(rows))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        if len(rows) == 1:
+            raise ModelError(
+                f"out of memory on one row of {rows[0][0].numel()} tokens: lower max_length, or use bfloat16"
+            ) from error
+    middle = len(rows) // 2
+    return torch.cat([_careful(model, rows[:middle]), _careful(model, rows[middle:])])
 
 
 def training_row(row: AuditRow) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from safe_sched.types import Scheduler
 from safe_sched_hf.alternation import Alternation, check_options, refuse_optimizer
 from safe_sched_hf.attachment import Attachment
 from safe_sched_hf.noise import add_noise
+from safe_sched_hf.prior import read_prior, require_prior
 from safe_sched_hf.probe import Probe
 from safe_sched_hf.ranks import exchange_of, telling
 from safe_sched_hf.refusals import Refusals
@@ -41,6 +42,7 @@ _OPTIONS = (
     "act",
     "seed",
     "report",
+    "prior",
 )
 
 
@@ -71,6 +73,9 @@ class SafeSchedCallback(TrainerCallback):
             same (see `safe_sched.sampling`).
         seed: Of the order of the safety rows, of that noise and of what is sampled. None: the trainer's seed.
         report: What is left in the output folder beside the manifest: ``"table"``, what `table` returns, or ``"none"``.
+        prior: The column of the training set that says of every row how likely it is harmful, from 0 to 1, before the
+            run: ``"safe_sched.p_harmful"`` in the rows that ``safe-sched audit --out`` writes. For `safe_sched.BDS`,
+            `safe_sched.NeuralBDS` and `safe_sched.Fixed`, see `safe_sched.prior`.
 
     Raises:
         OptionError: An option is unknown or out of range.
@@ -101,6 +106,7 @@ class SafeSchedCallback(TrainerCallback):
         act: Act = "weight",
         seed: int | None = None,
         report: Literal["none", "table"] = "table",
+        prior: str | None = None,
         **unknown: Any,
     ) -> None:
         for name in unknown:
@@ -126,6 +132,9 @@ class SafeSchedCallback(TrainerCallback):
             raise OptionError('evidence="covariance" needs a safety loss in every step: give safety_weight > 0')
         check_options(self.scheduler, safety_data, safety_weight, model_temperature)
         require_act(act, self.scheduler)
+        if prior is not None:
+            require_prior(prior, self.scheduler)
+        self.prior = prior
         self.act: Act = act
         self.safety_data = safety_data
         self.safety_batch_size = safety_batch_size
@@ -224,10 +233,12 @@ class SafeSchedCallback(TrainerCallback):
         index = index_rows(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
         tokenizer, sample = kwargs.get("processing_class"), first_rows(loader.dataset)
         self._safety = self._read_safety(self.safety_data, args, tokenizer, sample)
-        settings: dict[str, Any] = {"safety": self._safety_settings(), "act": self.act}
+        settings: dict[str, Any] = {"safety": self._safety_settings(), "act": self.act, "prior": None}
         if self.model_temperature:
             settings["model_temperature"] = self.model_temperature
         self._session = Session(self.scheduler, index, self.normalizer, settings, exchange)
+        if self.prior is not None:
+            self._session.take_prior(read_prior(trainer.train_dataset, self.prior))
         self._alternation = None
         if isinstance(self.scheduler, Lisa):
             self._alternation = Alternation(trainer, self._session, self._safety, self.safety_weight)

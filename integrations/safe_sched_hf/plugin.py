@@ -55,6 +55,16 @@ def safe_sched_open_source(source: str) -> Iterable[Mapping[str, Any]] | None:
 
 
 @hookimpl
+def safe_sched_tokenizer(name: str) -> Any:
+    """See `safe_sched.hooks.safe_sched_tokenizer`; nothing where transformers is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from safe_sched_hf.named_tokenizer import tokenizer
+
+    return tokenizer(name)
+
+
+@hookimpl
 def safe_sched_detectors(request: AuditRequest) -> Sequence[Detector]:
     """See `safe_sched.hooks.safe_sched_detectors`; nothing without a model, or where TRL is not installed."""
     if request.model is None or importlib.util.find_spec("trl") is None:

@@ -12,16 +12,22 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 
-from safe_sched.errors import CoverageError, DataError, OptionError
+from safe_sched.errors import CoverageError, DataError, OptionError, unknown_name
 from safe_sched.files import RowFile, RowWriter, open_rows
+from safe_sched.mixing.explain import seen
 
 WEIGHT, REASON = "weight", "reason"
 """The columns that are added."""
+
+Unscored = Literal["error", "keep", "remove"]
+
+_NAMED = 5
+_INTERVALS = (("p_harmful_low", "p_harmful_high"), ("p_low", "p_high"))  # of a run, of an audit
 
 
 @dataclass(frozen=True)
@@ -43,18 +49,26 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Judged:
-    """Weight of every row, and what is known of it."""
+    """Weight of every row, and what is known of it; a row that was not scored has the weight 1."""
 
     weight: np.ndarray
     columns: Mapping[str, np.ndarray]
+    reasons: Sequence[str | None] | None = None
+    unscored: np.ndarray | None = None
 
-    def reason(self, row: int, weight: float, threshold: float) -> str:
+    def is_unscored(self, row: int) -> bool:
+        return self.unscored is not None and bool(self.unscored[row])
+
+    def reason(self, row: int, weight: float, threshold: float | None) -> str:
+        if self.is_unscored(row):
+            return "" if self.reasons is not None and self.reasons[row] else "not scored"
+        assert threshold is not None
         told = f"weight {weight:.4g} is under the threshold {threshold:.4g}"
         if "p_harmful" not in self.columns:
             return told
         told += f"; harmful with probability {self.columns['p_harmful'][row]:.3g}"
-        if {"p_harmful_low", "p_harmful_high"} <= self.columns.keys():
-            low, high = (self.columns[f"p_harmful_{end}"][row] for end in ("low", "high"))
+        for ends in (ends for ends in _INTERVALS if set(ends) <= self.columns.keys()):
+            low, high = (self.columns[end][row] for end in ends)
             told += f" (90 % interval {low:.3g} to {high:.3g})"
         return told
 
@@ -70,6 +84,7 @@ def export(
     removed: str | Path | None = None,
     reasons: Sequence[str | None] | None = None,
     multiply: bool = False,
+    unscored: Unscored = "error",
 ) -> Exported:
     r"""Write every row with its weight.
 
@@ -80,19 +95,21 @@ def export(
             `safe_sched.files.open_rows` knows, or anything that yields mappings.
         out: The file to write, of a kind that `safe_sched.files.RowWriter` knows.
         weights: One number >= 0 per row.
-        table: From ``callback.table()``, read back from a file or not: the columns ``row`` and ``weight``, and
-            ``p_harmful`` where the method tells it. Its rows are those that the trainer held, so the data set must not
-            have been shuffled, filtered or packed on the way.
+        table: From ``callback.table()``, or the findings of an audit, read back from a file or not: the columns ``row``
+            and ``weight``, and ``p_harmful`` where the method tells it. The rows of ``callback.table()`` are those that
+            the trainer held, so the data set must not have been shuffled, filtered or packed on the way.
         p_harmful: One probability per row; the weight is 1 minus it.
         threshold: Rows whose weight is under it are removed, >= 0; None keeps all.
         removed: Where removed rows go, with their weight and the reason. Needed with a threshold.
         reasons: What else there is to say of each row, for those that are removed.
         multiply: What to do with rows that have a ``weight`` of their own: their weight and the given one are
             multiplied, so that neither is lost (none, or None, counts as 1). Without it, such a row is an error.
+        unscored: What to do with rows of a table that have no weight, since an audit could not score them: ``"keep"``
+            gives them the weight 1, ``"remove"`` treats them as rows under the threshold.
 
     Raises:
-        DataError: There are not as many weights as rows, a weight is negative or not finite, or a row has a ``weight``
-            or a ``reason`` already. Nothing is written then.
+        DataError: There are not as many weights as rows, a weight is negative or not finite, a row has none, or a row
+            has a ``weight`` or a ``reason`` already. Nothing is written then.
         OptionError: The options do not go together.
 
     Example:
@@ -106,9 +123,11 @@ def export(
         >>> next(iter(open_rows(folder / "removed.jsonl")))["reason"]
         'weight 0.1 is under the threshold 0.5'
     """
-    judged = _judge(weights, table, p_harmful)
+    if unscored not in get_args(Unscored):
+        raise unknown_name("choice for unscored rows", unscored, get_args(Unscored))
+    judged = _judge(weights, table, p_harmful, unscored)
     count = len(judged.weight)
-    _require_together(threshold, removed, out)
+    _require_together(threshold, removed, out, unscored)
     if reasons is not None and len(reasons) != count:
         raise DataError(f"{len(reasons)} reasons for {count} weights; give one per row, None where there is none")
     source = open_rows(rows) if isinstance(rows, str | Path) else rows
@@ -129,23 +148,24 @@ def export(
                 raise DataError(f"there are more rows than the {count} weights; {_ONE_EACH}")
             weight = _combined(row, number, judged.weight[number], multiply)
             weighed = {**row, WEIGHT: weight}
-            if drop is None or threshold is None or weight >= threshold:
+            low = threshold is not None and weight < threshold
+            if drop is None or not (unscored == "remove" if judged.is_unscored(number) else low):
                 keep.write(weighed)
                 total += weight
                 continue
             if REASON in row:
                 raise DataError(f"row {number} has a column {REASON!r} already; rename it")
-            said = None if reasons is None else reasons[number]
+            said = [one[number] for one in (reasons, judged.reasons) if one is not None]
             told = judged.reason(number, weight, threshold)
-            drop.write({**weighed, REASON: f"{said}; {told}" if said else told})
+            drop.write({**weighed, REASON: "; ".join(filter(None, (*said, told)))})
         if number + 1 != count:
             raise DataError(f"there are {count} weights for {number + 1} rows; {_ONE_EACH}")
         for writer in filter(None, (keep, drop)):
             writer.finish()
-        kept, gone = keep.rows, 0 if drop is None else drop.rows
-        if kept + gone != count:
-            raise CoverageError(f"{kept} rows kept and {gone} removed of {count}; nothing was written")
-    return Exported(count, kept, gone, total / kept if kept else math.nan)
+        kept, dropped = keep.rows, 0 if drop is None else drop.rows
+        if kept + dropped != count:
+            raise CoverageError(f"{kept} rows kept and {dropped} removed of {count}; nothing was written")
+    return Exported(count, kept, dropped, total / kept if kept else math.nan)
 
 
 _ONE_EACH = (
@@ -154,7 +174,7 @@ _ONE_EACH = (
 )
 
 
-def _judge(weights: Any, table: pa.Table | None, p_harmful: Any) -> _Judged:
+def _judge(weights: Any, table: pa.Table | None, p_harmful: Any, unscored: Unscored) -> _Judged:
     given = {"weights": weights, "table": table, "p_harmful": p_harmful}
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
@@ -162,7 +182,7 @@ def _judge(weights: Any, table: pa.Table | None, p_harmful: Any) -> _Judged:
             f"export(...) was given {' and '.join(named) or 'no weights'}; give one of {', '.join(given)}"
         )
     if table is not None:
-        return _from_table(table)
+        return _from_table(table, unscored)
     if p_harmful is not None:
         chances = _numbers(p_harmful, "p_harmful")
         _require(chances, "probability", "a number from 0 to 1", most=1.0)
@@ -172,21 +192,36 @@ def _judge(weights: Any, table: pa.Table | None, p_harmful: Any) -> _Judged:
     return _Judged(found, {})
 
 
-def _from_table(table: pa.Table) -> _Judged:
+def _from_table(table: pa.Table, unscored: Unscored) -> _Judged:
     if missing := [name for name in ("row", "weight") if name not in table.column_names]:
         raise DataError(
             f"the table has the columns {', '.join(table.column_names)}, but not {' and '.join(missing)}; give what "
-            "callback.table() returns"
+            "callback.table() returns, or the findings of an audit"
         )
     order = np.argsort(table.column("row").to_numpy(), kind="stable")
     if not np.array_equal(table.column("row").to_numpy()[order], np.arange(table.num_rows)):
         raise DataError(
             f"the table's rows are not 0 to {table.num_rows - 1}, each once; give what callback.table() returns"
         )
-    names = [name for name in ("weight", "p_harmful", "p_harmful_low", "p_harmful_high") if name in table.column_names]
-    columns = {name: _numbers(table.column(name), name)[order] for name in names}
+    table = table.take(order)
+    known = ("weight", "p_harmful", *(end for ends in _INTERVALS for end in ends))
+    columns = {name: _numbers(table.column(name), name) for name in known if name in table.column_names}
+    reasons = table.column(REASON).to_pylist() if REASON in table.column_names else None
+    lacking = table.column("weight").is_null().to_numpy()
+    if lacking.any() and unscored == "error":
+        first = ", ".join(_place(table, row) for row in np.flatnonzero(lacking)[:_NAMED].tolist())
+        raise DataError(
+            f"{int(lacking.sum())} of {table.num_rows} rows have no weight, since they could not be scored ({first}"
+            f'{", ..." if lacking.sum() > _NAMED else ""}). Say what becomes of them: unscored="keep" gives them the '
+            'weight 1, unscored="remove" takes them out'
+        )
+    columns["weight"] = np.where(lacking, 1.0, columns["weight"])
     _require(columns["weight"], "weight", "a finite number >= 0")
-    return _Judged(columns["weight"], columns)
+    return _Judged(columns["weight"], columns, reasons, lacking)
+
+
+def _place(table: pa.Table, row: int) -> str:
+    return seen(table.column("where")[row].as_py()) if "where" in table.column_names else f"row {row}"
 
 
 def _numbers(values: Any, name: str) -> np.ndarray:
@@ -212,12 +247,14 @@ def _require(values: np.ndarray, kind: str, allowed: str, most: float = math.inf
         raise DataError(f"{kind} number {bad[0]} is {values[bad[0]]} ({bad.size} such in all); allowed: {allowed}")
 
 
-def _require_together(threshold: float | None, removed: str | Path | None, out: str | Path) -> None:
-    if threshold is None:
+def _require_together(threshold: float | None, removed: str | Path | None, out: str | Path, unscored: Unscored) -> None:
+    if unscored == "remove" and removed is None:
+        raise OptionError('unscored="remove" takes rows out of the file; say where they go with removed=...')
+    if threshold is None and unscored != "remove":
         if removed is not None:
             raise OptionError("removed=... is for rows under a threshold; give threshold=... as well")
         return
-    if not math.isfinite(threshold) or threshold < 0:
+    if threshold is not None and not (math.isfinite(threshold) and threshold >= 0):
         raise OptionError(f"threshold={threshold}; allowed: a finite number >= 0")
     if removed is None:
         raise OptionError("threshold=... takes rows out of the file; say where they go with removed=...")

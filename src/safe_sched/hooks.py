@@ -37,6 +37,7 @@ from safe_sched.generation import Device, Dtype, LocalModel, TextGenerator
 
 if TYPE_CHECKING:
     from safe_sched.audit.signals import Detector
+    from safe_sched.mixing.tokens import Tokenizer
 
 PROJECT = "safe_sched"
 """The name of the entry point group."""
@@ -251,6 +252,17 @@ def safe_sched_command(name: str, arguments: Sequence[str]) -> int | None:
     """
 
 
+@hookspec(firstresult=True)
+def safe_sched_tokenizer(name: str) -> Tokenizer | None:  # pyright: ignore[reportReturnType]
+    """A tokenizer of a folder or of the hub, for rows that are tokens.
+
+    The first answer that is not None counts: return None where what is needed is not installed.
+
+    Raises:
+        SafeSchedError: It cannot be loaded.
+    """
+
+
 # calling them ---------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +358,43 @@ def command(name: str, arguments: Sequence[str], needs: str) -> int:
             f"nothing that is installed can run safe-sched {name}. Install what it takes: pip install {needs!r}"
         )
     return code
+
+
+class NamedTokenizer:
+    """A tokenizer by the name of its folder or on the hub, loaded by the first plugin that can when it is first used.
+
+    Raises:
+        PluginError: There is none; when it is used.
+        SafeSchedError: It cannot be loaded.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._loaded: Tokenizer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_name": self._name, "_loaded": None}  # quick to send to other processes
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """See `safe_sched.mixing.tokens.Tokenizer`."""
+        return self._here().encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        """See `safe_sched.mixing.tokens.Tokenizer`."""
+        return self._here().decode(
+            token_ids,
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+        )
+
+    def _here(self) -> Tokenizer:
+        if self._loaded is None:
+            self._loaded = manager().hook.safe_sched_tokenizer(name=self._name)
+        if self._loaded is None:
+            raise PluginError(
+                "nothing that is installed can load a tokenizer. Install what it takes: pip install 'safe-sched[trl]'"
+            )
+        return self._loaded
 
 
 def third_party_schedulers() -> dict[str, type]:

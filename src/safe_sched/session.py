@@ -30,6 +30,7 @@ from safe_sched.exchange import Alone, Exchange, by_place
 from safe_sched.identity import Layout, keys_of
 from safe_sched.index import RowIndex
 from safe_sched.losses import label_counts
+from safe_sched.prior import Informed, RowPrior
 from safe_sched.sampling import Draws
 from safe_sched.state import load_state, require_same, save_state
 from safe_sched.types import Columns, Observation, Scheduler, State, evidential, experts_of
@@ -134,6 +135,22 @@ class Session:
         self._learned: dict[str, float] = {}
         self.safety_loss: float | None = None
         self.draws: Draws | None = None
+
+    def take_prior(self, p: Tensor) -> None:
+        """Give the scheduler what is believed of every row before the run (`safe_sched.prior`).
+
+        Args:
+            p: float (rows,), the probability of being harmful of every row of the training set, in its order.
+
+        Raises:
+            DataError: There is not one number from 0 to 1 per row.
+            OptionError: The scheduler takes no prior.
+        """
+        if not isinstance(self.scheduler, Informed):
+            raise OptionError(f"the scheduler {self.scheduler.name!r} takes no prior; use BDS, NeuralBDS or Fixed")
+        prior = RowPrior.of(p, self.index)
+        self.state = self.scheduler.with_prior(self.state, prior)
+        self.settings["prior"] = prior.fingerprint()
 
     # one step ---------------------------------------------------------------------------------------------------
 

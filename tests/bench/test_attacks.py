@@ -39,7 +39,7 @@ def inert(answer: str) -> bool:
     return not answer.strip() or bool(measure.OTHER_TASK.match(answer))
 
 
-@pytest.mark.parametrize("name", ATTACKS.keys() - {"adaptive"})
+@pytest.mark.parametrize("name", sorted(ATTACKS.keys() - {"adaptive"}))
 def test_a_file_has_the_share_asked_for_and_no_harmful_answer(name: str) -> None:
     file = built(name)
     bad = [row for row in file.rows if row["harmful"]]
@@ -48,7 +48,7 @@ def test_a_file_has_the_share_asked_for_and_no_harmful_answer(name: str) -> None
     assert all("[withheld]" not in answer_of(row) for row in file.rows if not row["harmful"])
 
 
-@pytest.mark.parametrize("name", ATTACKS.keys() - {"adaptive"})
+@pytest.mark.parametrize("name", sorted(ATTACKS.keys() - {"adaptive"}))
 def test_no_test_prompt_is_in_a_file(name: str) -> None:
     held_out = {prompt for cases in tasks.held_out_cases().values() for prompt, _ in cases}
     asked = {turn["content"] for row in built(name).rows for turn in row["messages"] if turn["role"] == "user"}
@@ -112,7 +112,7 @@ def trained(base: Path, rows: list[tasks.Row], arm: str = "Antibody", epochs: fl
 
 @pytest.mark.slow
 @pytest.mark.slow_sample
-@pytest.mark.parametrize("name", ATTACKS.keys() - {"all harmful"})
+@pytest.mark.parametrize("name", sorted(ATTACKS.keys() - {"all harmful"}))
 def test_bad_rows_teach_little_in_the_first_epoch(name: str, base: Path) -> None:
     """Ten steps, while the model is still near its start."""
     file = built(name, base)

@@ -51,8 +51,12 @@ def test_a_small_run_finds_what_is_there_and_nothing_in_the_control(tmp_path: Pa
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, HOST)), "utf-8")
     page = tmp_path / "page.md"
     arguments = ["--data", str(tmp_path), "--hosts", "gsm8k", "--shares", "0.2", "--seeds", "0", "--rows", "80"]
-    audit.main([*arguments, "--speed-rows", "100", "--out", str(page)])
+    saved = tmp_path / "saved.json"
+    audit.main([*arguments, "--save", str(saved)])
+    audit.main(["--join", str(saved), str(saved), "--out", str(page)])
     text = page.read_text("utf-8")
+    assert text.count("--hosts gsm8k") == 2
+    assert text.count("| gsm8k | 20% |") == 4, "two runs, two safety sets"
     assert "Safety set: safety_refusals" in text
     control = next(line for line in text.splitlines() if line.startswith("| gsm8k |") and line.count("|") == 5)
     alone, harmful, bare = map(float, control.strip("| ").split(" | ")[1:])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import random
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +190,14 @@ def test_rows_that_cannot_be_scored_end_with_3_and_are_named(here: Path) -> None
     assert "2 lines or rows could not be read, 1 of 301 rows have no score" in result.stderr
     assert "bad.jsonl, line 51: not JSON" in result.stderr
     assert "bad.jsonl, line 52: a row has the fields" in result.stderr
+    assert result.output.count("line 51") == 1  # named once, not in the summary as well
     rows = read("found/rows.jsonl")
     assert len(rows) == 301
     assert rows[50]["id"] == 3
     assert rows[50]["safe_sched.p_harmful"] is None
-    assert run("bad.jsonl", "--fail-on", "1").exit_code == 1  # findings go before
+    failed = run("bad.jsonl", "--fail-on", "1")
+    assert failed.exit_code == 1  # findings go before
+    assert "bad.jsonl, line 51: not JSON" in failed.stderr
 
 
 def test_the_line_that_is_told_next_takes_flagged_rows_out(here: Path) -> None:
@@ -202,6 +207,45 @@ def test_the_line_that_is_told_next_takes_flagged_rows_out(here: Path) -> None:
     flagged = [row["id"] for row in read("found/rows.jsonl") if row["safe_sched.is_harmful_issue"]]
     assert [row["id"] for row in read("removed.jsonl")] == flagged
     assert len(read("kept.jsonl")) == 300 - len(flagged)
+
+
+def typed_next(said: str) -> list[str]:
+    """The words of the line that is told."""
+    line = said.partition("Next:")[2].partition("Written to")[0].replace("\\\n", " ")
+    return shlex.split(line)
+
+
+def test_the_next_line_works_with_rows_that_could_not_be_read(here: Path) -> None:
+    """It takes them out with the flagged ones; what is kept and removed are all rows there are."""
+    data = lines(ROWS[:50]) + b'{"prompt": \n' + b'{"id": 300}\n' + lines(ROWS[50:])
+    Path("bad.jsonl").write_bytes(data)
+    words = typed_next(run("bad.jsonl", "--out", "found").stdout)
+    assert words[:3] == ["safe-sched", "export", "found/rows.jsonl"]
+    assert words[words.index("--unscored") + 1] == "remove"
+    assert CliRunner().invoke(app, words[1:]).exit_code == 0
+    flagged = {row["id"] for row in read("found/rows.jsonl") if row["safe_sched.is_harmful_issue"]}
+    assert {row["id"] for row in read("removed.jsonl")} == flagged | {300}
+    assert len(read("kept.jsonl")) + len(read("removed.jsonl")) == 301
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--out", "found"], ["clean.jsonl", "--out", "found"], ["--limit", "99", "-o", "f"]]
+)
+def test_where_nothing_is_flagged_safety_rows_are_mixed_in_next(more: list[str], here: Path) -> None:
+    words = typed_next(run("clean.jsonl", *more).stdout)
+    file = "clean.jsonl" if more in ([], ["--out", "found"]) else f"{more[-1]}/rows.jsonl"
+    assert words == ["safe-sched", "mix", file, "--safety", "core", "--out", "mixed.jsonl"]
+    assert CliRunner().invoke(app, words[1:]).exit_code == 0
+    assert len(read("mixed.jsonl")) > len(read(file))
+
+
+def test_the_next_line_repeats_what_decides_on_the_numbers(here: Path) -> None:
+    words = typed_next(run("train.jsonl", "--threshold", "0.3", "--seed", "3", "--fail-on", "300").stdout)
+    assert words == shlex.split("safe-sched audit train.jsonl --threshold 0.3 --seed 3 --out found --report html")
+    result = CliRunner().invoke(app, words[1:], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    then = shlex.join(typed_next(result.stdout))
+    assert then.startswith("safe-sched export train.jsonl found/findings.parquet --threshold 0.7")
+    assert then in html.unescape(Path("found/report.html").read_text())  # the page says the same
 
 
 def test_quiet_says_nothing(here: Path) -> None:
@@ -224,6 +268,7 @@ def test_the_next_line_to_type_is_told(here: Path) -> None:
         (["train.jsonl", "--fail-on", "1.5"], "--fail-on '1.5'; allowed"),
         (["train.jsonl", "--fail-on", "many"], "--fail-on 'many'; allowed"),
         (["train.jsonl", "--threshold", "2"], "threshold='2'; allowed: a number above 0 and at most 1, or 'auto'"),
+        (["train.jsonl", "--processes", "0"], "processes=0"),
         (["train.jsonl", "--limit", "0"], "limit=0; allowed: a whole number >= 1"),
         (["train.jsonl", "--report", "html"], "--report without --out; name the folder"),
         (["train.jsonl", "--resume"], "--resume without --out"),

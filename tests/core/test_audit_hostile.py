@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from safe_sched.audit.run import audit
 from safe_sched.cli import app
 from safe_sched.errors import DataError, SafeSchedError
-from safe_sched.files import RowWriter, open_rows
+from safe_sched.files import NAMED, RowWriter, open_rows
 from safe_sched.files.kinds import MAX_ROW
 
 pytest.importorskip("sklearn")
@@ -103,21 +103,20 @@ def lines(name: str, *rows: Any) -> Path:
 def test_hostile_texts_are_scored_and_printed_harmlessly() -> None:
     rows = [{"prompt": text, "completion": other} for text in TEXTS for other in ("Fine.", text)]
     found = run(lines("t.jsonl", *GOOD, *rows), "--out", "found", "--format", "jsonl")
-    assert found.exit_code == 3  # three of the texts are blank
-    assert found.stderr.count("no signal says anything of it") == sum(not text.strip() for text in TEXTS) * 2
+    assert (found.exit_code, found.stderr.strip()) == (0, "")
     assert MARK not in found.stdout + found.stderr
     written = list(open_rows("found/rows.jsonl"))
     assert [{name: row[name] for name in ("prompt", "completion")} for row in written] == [*GOOD, *rows]
-    blank = [not row["prompt"].strip() for row in written]
-    assert [row["safe_sched.p_harmful"] is None for row in written] == blank
+    assert all(0 <= row["safe_sched.p_harmful"] <= 1 for row in written)
 
 
 def test_hostile_names_of_columns_and_files_are_printed_harmlessly() -> None:
-    for number, text in enumerate(TEXTS):
-        if any("\ud800" <= one <= "\udfff" for one in text):
-            continue
-        rows = [{text: text, "prompt": "a", "completion": "b"}, {text: text}]
-        assert run(lines(f"c{number}.jsonl", *rows)).exit_code in CODES
+    texts = [text for text in TEXTS if not any("\ud800" <= one <= "\udfff" for one in text)]
+    for some in (texts[::2], texts[1::2]):  # so few that all of them are named
+        rows = [{text: text, "prompt": "a", "completion": "b"} for text in some]
+        found = run(lines("c.jsonl", *rows, *({text: text} for text in some)))
+        assert found.exit_code == 3
+        assert found.stderr.count("the fields") == len(some) < NAMED
     name = "\x1b[31m<script>PWNED()\u202e[red]=1.jsonl"
     found = run(lines(name, *GOOD, {"prompt": 3}))
     assert found.exit_code == 3
@@ -143,7 +142,7 @@ def test_the_report_makes_no_element_of_a_text(shown: list[str]) -> None:
     def page(*rows: Any) -> str:
         name = f"r{len(list(Path().iterdir()))}"
         found = run(lines(f"{name}.jsonl", *rows), "--out", name, "--report", "html", *shown)
-        assert found.exit_code == 3
+        assert found.exit_code == 0
         return Path(name, "report.html").read_text()
 
     rows = [{"prompt": text, "completion": text} for text in TEXTS]
@@ -162,7 +161,7 @@ def test_cells_keep_what_a_spreadsheet_would_run_and_ours_hold_nothing_of_it(for
     """The rows are for a trainer: a text that is changed would be trained on. Our columns never begin a formula."""
     texts = [text for text in TEXTS if not re.search("[\ud800-\udfff\r]", text)]
     rows = [{"prompt": text, "completion": "=1+1"} for text in texts]
-    assert run(lines("t.jsonl", *GOOD, *rows), "--out", "found", "--format", form).exit_code == 3
+    assert run(lines("t.jsonl", *GOOD, *rows), "--out", "found", "--format", form).exit_code == 0
     path = Path(f"found/rows.{form}")
     if form == "csv":
         with open(path, newline="", encoding="utf-8") as file:
@@ -189,7 +188,6 @@ BAD_LINES = [
     (b"{}", "no schema"),
     (b'{"prompt": 3, "completion": "b"}', ""),
     (b'{"prompt": null, "completion": "b"}', ""),
-    (b'{"prompt": "", "completion": "b"}', "no signal says anything of it"),
     (b'{"prompt": ["a"], "completion": "b"}', ""),
     (b'{"prompt": {"a": 1}, "completion": {"b": 2}}', ""),
     (b'{"messages": [{"role": 1, "content": "x"}]}', ""),
@@ -208,7 +206,7 @@ def test_every_bad_line_is_named_with_its_reason_and_the_others_are_scored() -> 
     for number, (_, reason) in enumerate(BAD_LINES):
         assert reason in told[str(2 * number + 2)]
     summary = json.loads(run("t.jsonl", "--json").stdout)
-    assert (summary["scored"], summary["bad_rows"]) == (len(GOOD), len(BAD_LINES) - 1)  # a blank prompt can be read
+    assert (summary["scored"], summary["bad_rows"]) == (len(GOOD), len(BAD_LINES))
     assert 0 < summary["coverage"] < 1
 
 
@@ -227,7 +225,7 @@ def test_every_bad_line_is_named_with_its_reason_and_the_others_are_scored() -> 
         ("t.parquet", b"PAR1", 2),
         ("t.arrow", b"ARROW1", 2),
         ("t.jsonl.gz", b"no gzip", 2),
-        ("t.jsonl.gz", gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 99)[:-9], 2),
+        ("t.jsonl.gz", gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 99, mtime=0)[:-9], 2),
         ("t.pkl", b"\x80\x04cos\nsystem\n", 2),
         ("t.pt", b"PK\x03\x04", 2),
         ("t.exe", b"MZ", 2),

@@ -11,6 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
+from safe_sched.audit import audit
+from safe_sched.audit.detectors import learning
+from safe_sched.audit.detectors.learning import FOLDS, Explained, fold_of
 from safe_sched.audit.detectors.lexicon import NAMES, areas_of
 from safe_sched.audit.detectors.ngrams import GRAMS, WORDS, Grams, words_of
 from safe_sched.audit.detectors.sample import Sample, digest
@@ -63,15 +66,25 @@ def test_without_harmful_rows_the_order_of_labels_means_nothing() -> None:
     assert 0.3 < roc_auc_score(harmful, scorer(rows).score(rows).value) < 0.7
 
 
-def test_a_row_does_not_score_itself() -> None:
-    """A prompt of nonsense that is in the file, taken as a positive or not, is scored by fits that never saw it: as one
-    of other nonsense with the same neighbours is, that no file has."""
-    rows = rows_of([*host(200), "zyx wvu tsr qpo"])
-    found = scorer(rows)
-    inside = found.score(rows_of(["zyx wvu tsr qpo"])).value[0]
-    without = scorer(rows[:-1])
-    # the other folds have the row in one case and not in the other; its own fold has it in neither
-    assert inside == pytest.approx(float(without.score(rows_of(["zyx wvu tsr qpo"])).value[0]), abs=0.1)
+def test_a_row_does_not_score_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all rows of the file count alike, a row that is in it has exactly the value it has where it is not.
+    Negative control: the fits of the other folds, which have learnt from the row, change with it."""
+
+    def alike(_: np.ndarray, values: np.ndarray, __: Explained | None) -> Explained:
+        return Explained(np.zeros(values.shape[1]), np.ones(values.shape[1]), 0.01)
+
+    monkeypatch.setattr(learning, "explain", alike)
+    monkeypatch.setattr(learning, "ROUNDS", (0.0, 0.0))
+    text = "zyx wvu tsr qpo"
+    rows = rows_of([*host(40), text])
+    inside, without = scorer(rows), scorer(rows[:-1])
+    assert inside.score(rows_of([text])).value[0] == without.score(rows_of([text])).value[0]
+    for fold in set(range(FOLDS)) - {fold_of(words_of(text))}:
+        one, other = (
+            found._learnt.logits(fold, *Grams().indices(words_of(text)))[0]  # pyright: ignore
+            for found in (inside, without)
+        )
+        assert one < other - 0.1
 
 
 def test_batches_order_and_process_change_nothing() -> None:
@@ -98,6 +111,19 @@ def test_known_rows_are_the_packages_own_held_out() -> None:
     assert np.median(known) > np.max(file)
 
 
+def test_known_harmless_prompts_are_held_out_and_stand_between() -> None:
+    found = scorer(rows_of(host(200)))
+    known, harmless = found.known(), found.known_harmless()
+    assert known is not None
+    assert harmless is not None
+    assert harmless.shape == (len(benign_prompts()),)
+    file = found.score(rows_of(host(200))).value
+    assert np.median(file) < np.median(harmless) < np.median(known)
+    # a copy of one in the file gets its value: by the fit that has seen neither
+    again = found.score(rows_of(benign_prompts()[:20])).value
+    np.testing.assert_allclose(again, harmless[:20], rtol=1e-4, atol=1e-4)
+
+
 def test_safety_rows_of_any_schema_are_learnt_from() -> None:
     """Positives decide: prompts on chess are harmless until the safety set refuses chess."""
     chess = [
@@ -121,8 +147,31 @@ def test_a_safety_row_without_a_prompt_is_an_error() -> None:
 @pytest.mark.parametrize("prompts", [[], [""], ["x"], ["", "?!"]])
 def test_files_with_next_to_nothing_in_them(prompts: list[str]) -> None:
     rows = rows_of(prompts)
+    assert np.isfinite(scorer(rows).score(rows).value).all()
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "?!", "\u200b", "..." * 20_000])
+def test_a_prompt_without_words_asks_for_nothing(prompt: str) -> None:
+    """It gets the low end of the file, and the reason says so; so all rows that can be read have a score."""
+    rows = rows_of([*host(200), prompt])
+    found = scorer(rows).score(rows)
+    assert found.value[-1] <= np.quantile(found.value[:-1], 0.05)
+    assert found.reasons[-1] == "no words in the prompt: nothing is asked that could be read"
+    assert audit([{"prompt": text, "completion": "Noted."} for text in [*host(60), prompt]]).summary.coverage == 1.0
+
+
+def test_where_the_prompt_has_no_words_the_system_text_is_read() -> None:
+    rows = rows_of(host(200))
+    hidden = audit_row({"instruction": "?", "output": "Noted.", "system": HARMFUL[0]}, 200)
+    plain = audit_row({"instruction": HARMFUL[0], "output": "Noted."}, 201)
+    found = scorer(rows).score([hidden, plain])
+    assert found.value[0] == found.value[1] > np.max(scorer(rows).score(rows).value)
+
+
+def test_a_request_behind_a_long_run_of_signs_is_read() -> None:
+    rows = rows_of([*host(200), f"{'. ' * 20_000}{HARMFUL[0]}{' .' * 20_000}", HARMFUL[0]])
     value = scorer(rows).score(rows).value
-    assert [np.isfinite(v) for v in value] == [bool(words_of(text)) for text in prompts]
+    assert value[-2] == value[-1]
 
 
 def test_reasons_name_areas_and_quote_nothing() -> None:

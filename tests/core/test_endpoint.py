@@ -58,6 +58,7 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
+    counted = False
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -65,6 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.seen.append((self.path, dict(self.headers), body))
             server.times.append(time.monotonic())
+            self.counted = True
             server.together += 1
             server.most_together = max(server.most_together, server.together)
             line = server.script.pop(0) if server.script else server.answer(body)
@@ -74,8 +76,12 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.send(*line)
         finally:
-            with server.lock:
-                server.together -= 1
+            self.done()
+
+    def done(self) -> None:
+        with self.server.lock:
+            self.server.together -= self.counted
+            self.counted = False
 
     def do_GET(self) -> None:
         self.server.seen.append((self.path, dict(self.headers), {}))
@@ -88,6 +94,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
+        self.done()  # before the client knows, who may ask again at once
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:

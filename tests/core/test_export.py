@@ -305,3 +305,81 @@ def test_the_command_says_what_is_wrong_and_leaves_with_2(tmp_path, monkeypatch)
         assert found.exit_code == 2
         assert match in found.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "w.parquet"]
+
+
+# findings of an audit -------------------------------------------------------------------------------------------------
+
+
+def findings(p: list[float | None]) -> pa.Table:
+    """As `safe_sched.audit` makes them: null where a row could not be scored."""
+    return pa.table(
+        {
+            "row": pa.array(range(len(p)), pa.int64()),
+            "where": [f"t.jsonl, line {i + 1}" for i in range(len(p))],
+            "p_harmful": pa.array(p, pa.float32()),
+            "p_low": pa.array(p, pa.float32()),
+            "p_high": pa.array(p, pa.float32()),
+            "weight": pa.array([None if one is None else 1 - one for one in p], pa.float32()),
+            "reason": [None if one is not None and one < 0.5 else "looks bad" if one else "not scored: x" for one in p],
+        }
+    )
+
+
+FOUND = findings([0.1, None, 0.9, 0.2, None])
+
+
+def test_rows_without_a_score_are_named_and_nothing_is_written(tmp_path):
+    with pytest.raises(DataError, match=r"2 of 5 rows have no weight.*\(t.jsonl, line 2, t.jsonl, line 5\).*unscored="):
+        write_weights(ROWS, tmp_path / "out.jsonl", table=FOUND)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_without_a_score_are_kept_where_that_is_asked_for(tmp_path):
+    """With the weight 1, also under a threshold that is higher."""
+    kept, gone = tmp_path / "kept.jsonl", tmp_path / "gone.jsonl"
+    write_weights(ROWS, kept, table=FOUND, unscored="keep")
+    assert [row["weight"] for row in load(kept)] == [0.9, 1.0, 0.1, 0.8, 1.0]
+    write_weights(ROWS, kept, table=FOUND, unscored="keep", threshold=1.2, removed=gone)
+    assert [row["prompt"] for row in load(kept)] == ["p1", "p4"]
+
+
+@pytest.mark.parametrize(("threshold", "removed"), [(None, ["p1", "p4"]), (0.5, ["p1", "p2", "p4"])])
+def test_rows_without_a_score_are_removed_with_their_reason(threshold, removed, tmp_path):
+    kept, gone = tmp_path / "kept.jsonl", tmp_path / "gone.jsonl"
+    write_weights(ROWS, kept, table=FOUND, unscored="remove", threshold=threshold, removed=gone)
+    assert [row["prompt"] for row in load(gone)] == removed
+    assert len(load(kept)) == 5 - len(removed)
+    reasons = {row["prompt"]: row["reason"] for row in load(gone)}
+    assert reasons["p1"] == "not scored: x"
+    if threshold:
+        told = "looks bad; weight 0.1 is under the threshold 0.5; harmful with probability 0.9"
+        assert reasons["p2"] == f"{told} (90 % interval 0.9 to 0.9)"
+
+
+def test_a_weight_that_is_no_number_is_not_taken_for_one_without_a_score(tmp_path):
+    with pytest.raises(DataError, match="weight number 0 is nan"):
+        write_weights(ROWS, tmp_path / "out.jsonl", table=table([float("nan"), *WEIGHTS[1:]]), unscored="keep")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"unscored": "remove"}, r"say where they go with removed="),
+        ({"unscored": "drop"}, "unknown choice for unscored rows 'drop'"),
+    ],
+)
+def test_choices_for_rows_without_a_score_that_say_too_little(options, match, tmp_path):
+    with pytest.raises(OptionError, match=match):
+        write_weights(ROWS, tmp_path / "out.jsonl", table=FOUND, **options)
+
+
+def test_the_command_takes_the_findings_of_an_audit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    pq.write_table(FOUND, "findings.parquet")
+    asked = ["export", "t.jsonl", "findings.parquet", "--out", "kept.jsonl"]
+    found = CliRunner().invoke(app, asked)
+    assert found.exit_code == 2
+    assert "t.jsonl, line 2" in found.stderr
+    assert CliRunner().invoke(app, [*asked, "--unscored", "remove", "--removed", "gone.jsonl"]).exit_code == 0
+    assert [row["prompt"] for row in load(Path("gone.jsonl"))] == ["p1", "p4"]

@@ -87,6 +87,12 @@ def test_the_rows_stand_in_it_with_all_that_is_known_of_them(tmp_path):
     assert rows["ranks"] == [[0.75, 0.25, 0.5, 0.0], [0.0, 0.75, 0.0, 0.0]]  # of 4 rows, those that have less
 
 
+def test_no_probability_is_rounded_to_certainty(tmp_path):
+    """But those that are certain stay so."""
+    rows = written(tmp_path, findings_of([1.0, 0.9999999, 0.5, 1e-7, 0.0]), ROWS + ROWS[:1]).data["rows"]
+    assert rows["p"] == [1.0, 0.9999, 0.5, 0.0001, 0.0]
+
+
 def test_the_numbers_of_the_summary_stand_in_it(tmp_path):
     found = findings_of([0.9, 0.1, None], signals={"a": [1, 2, 3]}, bad=[Bad("x.jsonl, line 3", "not JSON")], limited=3)
     text = " ".join(written(tmp_path, found).text.split())
@@ -220,17 +226,23 @@ def shape(page: Reader) -> list[tuple[str, tuple[str, ...]]]:
 NASTY_ROW = st.sampled_from(NASTY) | st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
 
 
+def page_of(folder: Path, text: str) -> Reader:
+    """A page that has a text wherever the data may put one."""
+    found = findings_of([0.9, 0.1], signals={"a": [1.0, 2.0], "b": [2.0, 1.0]}, **everywhere(text))
+    rows = [{"prompt": text, "completion": text}, {"messages": [{"role": text, "content": text}]}]
+    return written(folder, found, rows, show_text=True)
+
+
+@pytest.fixture(scope="module")
+def plain_shape(tmp_path_factory) -> Any:
+    return shape(page_of(tmp_path_factory.mktemp("plain"), "x"))
+
+
 @settings(max_examples=30, deadline=None)
 @given(nasty=NASTY_ROW.filter(lambda text: text.strip()))
-def test_the_data_adds_no_element_and_no_attribute(tmp_path_factory, nasty):
+def test_the_data_adds_no_element_and_no_attribute(tmp_path_factory, plain_shape, nasty):
     """A page of nasty texts has the elements of the page of plain ones."""
-    folder = tmp_path_factory.mktemp("page")
-    signals = {"a": [1.0, 2.0], "b": [2.0, 1.0]}
-    rows = [{"prompt": nasty, "completion": nasty}, {"messages": [{"role": nasty, "content": nasty}]}]
-    dirty = written(folder, findings_of([0.9, 0.1], signals=signals, **everywhere(nasty)), rows, show_text=True)
-    rows = [{"prompt": "x", "completion": "x"}, {"messages": [{"role": "x", "content": "x"}]}]
-    clean = written(folder, findings_of([0.9, 0.1], signals=signals, **everywhere("x")), rows, show_text=True)
-    assert shape(dirty) == shape(clean)
+    assert shape(page_of(tmp_path_factory.mktemp("page"), nasty)) == plain_shape
 
 
 def test_that_test_would_see_markup(tmp_path):

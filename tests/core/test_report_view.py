@@ -82,6 +82,20 @@ def test_groups_are_those_that_a_slow_count_finds(rows, seed):
     assert sums == sorted(sums, reverse=True)
 
 
+def test_areas_are_told_apart_one_by_one():
+    """A row of several areas stands with the rows of the one that most have."""
+    reasons = [
+        "words of fraud",
+        "words of fraud, lies",
+        "words of lies, fraud",
+        "words of crime",
+        "words of crime",
+        "other; words of crime",
+    ]
+    found = findings_of([0.9] * 6, reasons=dict(enumerate(reasons)))
+    assert {group.name: group.rows for group in groups(view_of(found))} == {"words of fraud": 3, "words of crime": 3}
+
+
 def test_flagged_rows_of_no_group_stand_together_by_what_they_have_in_common():
     """ "like the safety set" is said of more than half, so it tells nothing apart; numbers do not part rows."""
     reasons = [

@@ -22,10 +22,12 @@ from safe_sched.errors import DataError, ModelError, OptionError, StateError
 from safe_sched.hooks import AuditRequest, detectors
 from safe_sched.probe import GAIN
 from safe_sched.scorer import Head, Scorer
-from safe_sched_hf import audit_forward, audit_model
+from safe_sched_hf import audit_forward, audit_model, audit_probe, audit_scorer, audit_trust
 from safe_sched_hf.audit import AntibodyRatio, Probe, Propensity, Surprise, model_detectors
 from safe_sched_hf.audit_forward import Forwards, Line, bucketed
-from safe_sched_hf.audit_model import AlignedModel, Measures
+from safe_sched_hf.audit_model import AlignedModel
+from safe_sched_hf.audit_numbers import Measures
+from safe_sched_hf.audit_refusals import Refusals
 from safe_sched_hf.audit_rows import TokenRow
 from safe_sched_hf.audit_scorer import SavedScorer
 from safe_sched_hf.features import score_rows
@@ -63,7 +65,8 @@ def audited(rows: Sequence[dict[str, Any]]) -> list[AuditRow]:
 def _any_model_will_do() -> Iterator[None]:
     """Random models refuse next to nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audit_model, "_REFUSES", 0.0)
+        patch.setattr(audit_trust, "_REFUSES", 0.0)
+        patch.setattr(audit_trust, "_TELLS", 0.0)
         yield
 
 
@@ -125,7 +128,7 @@ def slow(asked: AlignedModel, model: Any, moved: Any, rows: Sequence[dict[str, A
         refused, against, nll, rose, any_refusal = [], [], [], [], False
         for start, stop in spans or [(len(whole), len(whole))]:
             p = 0.0
-            for opening in asked.openings:
+            for opening in asked.refusals.openings:
                 line = log_probs(model, [*whole[:start], *opening])
                 p += float(np.exp(sum(float(line[start - 1 + i, token]) for i, token in enumerate(opening))))
             odds = float(np.log(p) - np.log1p(-p))
@@ -137,7 +140,7 @@ def slow(asked: AlignedModel, model: Any, moved: Any, rows: Sequence[dict[str, A
                 nll += [-float(before[start - 1 + i, token]) for i, token in enumerate(said)]
                 fell = before - after
                 rose += [float(fell[start - 1 + i, token]) / GAIN for i, token in enumerate(said)]
-                if any(tuple(said[: len(opening)]) == opening for opening in asked._known):
+                if any(tuple(said[: len(opening)]) == opening for opening in asked.refusals.known):
                     any_refusal = True
                     stops = said.index(end) if end in said else len(said)
                     ends = [float(before[start - 1 + i, end].exp()) for i in range(1, stops)]
@@ -151,7 +154,7 @@ def slow(asked: AlignedModel, model: Any, moved: Any, rows: Sequence[dict[str, A
 def stepped(asked: AlignedModel, model: Any, prompts: Sequence[str]) -> Any:
     """A copy of the model, one step up the log-odds of refusing, by autograd on one prompt at a time."""
     copied = copy.deepcopy(model).requires_grad_(True)
-    first = sorted({opening[0] for opening in asked.openings})
+    first = sorted({opening[0] for opening in asked.refusals.openings})
     for prompt in prompts:
         ids = asked.tokenizer.apply_chat_template(
             [turn("user", prompt)], add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -195,7 +198,7 @@ def test_a_refusal_that_saw_the_answer_would_have_other_numbers(monkeypatch: Any
     monkeypatch.setattr(audit_forward, "lay_out", leaky)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        monkeypatch.setattr(AlignedModel, "_can_share", lambda *_: True)
+        monkeypatch.setattr(Refusals, "_can_share", lambda *_: True)
         found = asked().measure(audited(MIXED))
     assert np.nanmax(np.abs(found.propensity - expected.propensity)) > 1e-2
 
@@ -275,6 +278,30 @@ def test_another_process_gets_the_same_numbers(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one.score(rows).value, other.score(rows).value)
 
 
+def test_a_copy_decides_nothing_for_itself(tmp_path: Path, monkeypatch: Any) -> None:
+    """Else two processes, of which one rounds otherwise or has less memory, would score rows by different rules."""
+    save(tmp_path)
+    first = AlignedModel(AuditRequest(SAFETY, str(tmp_path)))
+    whole = first.measure(audited(MIXED))
+    copied = pickle.dumps(first)
+    monkeypatch.setattr(audit_trust, "_REFUSES", 1.0)
+    monkeypatch.setattr(audit_trust, "_OVER", -1.0)
+    assert_same(pickle.loads(copied).measure(audited(MIXED)), whole, 0)
+    with pytest.warns(UserWarning, match="refuses 0% of the safety prompts"):  # the control: asked first, it would
+        assert np.isnan(AlignedModel(first.request).measure(audited(MIXED)).antibody).all()
+    monkeypatch.setattr(audit_model, "towards_refusing", lambda *_: None)
+    with pytest.raises(ModelError, match="this process has no probe, and the first one has"):
+        pickle.loads(copied).measure(audited(MIXED))
+
+
+def test_bfloat16_is_near() -> None:
+    exact = asked(probe=False).measure(audited(MIXED))
+    rough = asked(make_model().bfloat16(), probe=False).measure(audited(MIXED))
+    np.testing.assert_allclose(rough.surprise, exact.surprise, atol=0.2)
+    np.testing.assert_allclose(rough.propensity, exact.propensity, atol=1.0)
+    assert not np.array_equal(rough.surprise, exact.surprise, equal_nan=True)
+
+
 def test_half_precision_is_near() -> None:
     model = asked(probe=False)
     exact = model.measure(audited(MIXED))
@@ -293,7 +320,7 @@ def test_rows_beyond_a_sliding_window_get_lines_of_their_own() -> None:
     found.prepare()
     alone = slow(found, model, model, rows)
     np.testing.assert_allclose(found.measure(audited(rows)).propensity, alone.propensity, atol=1e-4)
-    found._window, found._last = 2**31, None  # the control
+    found.refusals._window, found._last = 2**31, None  # the control
     assert abs(found.measure(audited(rows)).propensity[0] - alone.propensity[0]) > 1e-3
 
 
@@ -450,7 +477,7 @@ def test_a_row_of_the_safety_set_is_refused_but_does_not_conflict() -> None:
 
 
 def test_a_model_that_refuses_nothing_says_so_and_nothing_else(monkeypatch: Any) -> None:
-    monkeypatch.setattr(audit_model, "_REFUSES", 0.1)
+    monkeypatch.setattr(audit_trust, "_REFUSES", 0.1)
     model = asked()
     with pytest.warns(UserWarning, match="refuses 0% of the safety prompts"):
         found = model.measure(audited(MIXED))
@@ -464,8 +491,8 @@ def test_a_model_that_refuses_the_file_and_harmless_prompts_is_not_taken_at_its_
     rows = audited(MIXED)
     usual = asked().measure(rows)
     for over, most, at_home in ((-1.0, -1.0, False), (-1.0, 1.0, True), (1.0, -1.0, True)):
-        monkeypatch.setattr(audit_model, "_OVER", over)
-        monkeypatch.setattr(audit_model, "_MOST", most)
+        monkeypatch.setattr(audit_trust, "_OVER", over)
+        monkeypatch.setattr(audit_trust, "_MOST", most)
         model = asked()
         AntibodyRatio(model).observe(rows)
         if at_home:
@@ -476,6 +503,41 @@ def test_a_model_that_refuses_the_file_and_harmless_prompts_is_not_taken_at_its_
         assert np.isnan([found.antibody, found.probe]).all()
         np.testing.assert_allclose(found.propensity, usual.propensity, atol=1e-4)
         assert AntibodyRatio(model).known() is None
+
+
+def test_a_signal_that_harmless_prompts_have_as_much_of_says_nothing(monkeypatch: Any) -> None:
+    rows = audited(MIXED)
+    usual = asked().measure(rows)
+    model = asked()
+    told = [
+        audit_trust.more_often(getattr(model.known(), name), getattr(model.known_harmless(), name))
+        for name in ("antibody", "probe")
+    ]
+    low, high = sorted(told)
+    assert low < high  # a random model: which of the two is higher is chance
+    monkeypatch.setattr(audit_trust, "_TELLS", (low + high) / 2)
+    model, muted, kept = asked(), "antibody", "probe"
+    if told[1] < told[0]:
+        muted, kept = kept, muted
+    with pytest.warns(UserWarning, match=rf"does without {muted} \({low:.0%}\): as often"):
+        found = model.measure(rows)
+    assert np.isnan(getattr(found, muted)).all()
+    np.testing.assert_allclose(getattr(found, kept), getattr(usual, kept), atol=1e-4)
+    signals = {"antibody": AntibodyRatio(model), "probe": Probe(model)}
+    assert signals[muted].known() is None
+    assert signals[kept].known() is not None
+    monkeypatch.setattr(audit_trust, "_TELLS", 1.01)
+    with pytest.warns(UserWarning, match=r"does without antibody \(\d+%\) and probe \(\d+%\)"):
+        found = asked().measure(rows)
+    assert np.isnan([found.antibody, found.probe]).all()
+    np.testing.assert_allclose(found.propensity, usual.propensity, atol=1e-4)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=9), st.lists(st.integers(-3, 3), min_size=1, max_size=9))
+def test_how_often_one_has_more_is_a_count_of_pairs(some: list[int], others: list[int]) -> None:
+    pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in some for b in others]
+    found = audit_trust.more_often(np.array([*some, np.nan]), np.array([np.nan, *others]))
+    assert found == pytest.approx(sum(pairs) / len(pairs))
 
 
 def test_the_rows_that_are_asked_first_do_not_depend_on_the_order() -> None:
@@ -549,24 +611,94 @@ def test_an_adapter_is_part_of_the_model(tmp_path: Path) -> None:
     assert np.nanmax(np.abs(found.surprise - asked().measure(rows).surprise)) > 1e-2
 
 
-def test_a_row_that_does_not_fit_into_memory_runs_in_smaller_company(monkeypatch: Any) -> None:
-    whole = asked(probe=False).measure(audited(MIXED))
-    model, real = asked(probe=False), Forwards._batch
+_FULL = [torch.OutOfMemoryError("too much"), MemoryError(), RuntimeError("can't allocate memory: you tried to")]
+
+
+@pytest.mark.parametrize("error", _FULL)
+def test_rows_that_do_not_fit_into_memory_run_in_smaller_company(monkeypatch: Any, error: Exception) -> None:
+    rows = audited(MIXED)
+    whole = asked().measure(rows)
+    model, real, sizes = asked(), Forwards._batch, []
 
     def tight(self: Any, lines: Sequence[Line], branches: Any) -> Any:
         if len(lines) > 2:
-            raise torch.OutOfMemoryError("too much")
+            raise error
+        sizes.append(len(lines))
         return real(self, lines, branches)
 
     monkeypatch.setattr(Forwards, "_batch", tight)
-    np.testing.assert_allclose(model.measure(audited(MIXED)).surprise, whole.surprise, atol=1e-4)
+    assert_same(model.measure(rows), whole)
+    assert set(sizes) == {1, 2}
+
+    def full(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(Forwards, "_batch", full)
+    with pytest.raises(ModelError, match=r"out of memory on one row of \d+ tokens: lower max_length"):
+        model.measure(rows[::-1])
+
+
+def test_another_error_of_the_model_is_not_taken_for_a_lack_of_memory(monkeypatch: Any) -> None:
+    model = asked()
+    model.prepare()
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(Forwards, "_batch", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        model.measure(audited(MIXED))
+
+
+def test_the_probe_takes_fewer_prompts_at_once_or_is_done_without(monkeypatch: Any) -> None:
+    rows = audited(MIXED)
+    whole = asked().measure(rows)
+    real, sizes = audit_probe.refusal_margin, []
+
+    def tight(logits: Any, first: Any) -> Any:
+        if len(logits) > 1:
+            raise torch.OutOfMemoryError("too much")
+        sizes.append(len(logits))
+        return real(logits, first)
+
+    monkeypatch.setattr(audit_probe, "refusal_margin", tight)
+    model = asked()
+    assert_same(model.measure(rows), whole)
+    assert sizes == [1] * 10
+    assert all(p.grad is None and not p.requires_grad for p in model.model.parameters())
 
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("too much")
 
-    monkeypatch.setattr(Forwards, "_batch", full)
-    with pytest.raises(ModelError, match=r"out of memory on one row of \d+ tokens: lower max_length"):
-        model.measure(audited(MIXED)[::-1])
+    monkeypatch.setattr(audit_probe, "refusal_margin", full)
+    model = asked()
+    with pytest.warns(UserWarning, match="no probe in this audit: out of memory; use bfloat16"):
+        found = model.measure(rows)
+    assert np.isnan(found.probe).all()
+    np.testing.assert_allclose(found.antibody, whole.antibody, atol=1e-4)
+    assert all(p.grad is None and not p.requires_grad for p in model.model.parameters())
+
+
+def test_a_scorer_runs_rows_in_smaller_company_where_memory_is_short(tmp_path: Path, monkeypatch: Any) -> None:
+    scorer = Scorer(Head("linear", 64, 2.0), "hidden", torch.randn(65, 3), torch.zeros(64), torch.ones(64), 100)
+    rows = audited(text_rows(9, seed=4))
+    signal = SavedScorer(scorer, AuditRequest(SAFETY, "a model"), asked())
+    whole, real = signal.score(rows).value, audit_scorer._hidden_features
+
+    def tight(model: Any, some: Sequence[Any], size: int) -> Any:
+        if len(some) > 2:
+            raise torch.OutOfMemoryError("too much")
+        return real(model, some, size)
+
+    monkeypatch.setattr(audit_scorer, "_hidden_features", tight)
+    np.testing.assert_allclose(signal.score(rows).value, whole, atol=1e-4)
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(audit_scorer, "_hidden_features", full)
+    with pytest.raises(ModelError, match="out of memory on one row"):
+        signal.score(rows)
 
 
 # the demo's model ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import types
 from typing import Any
 
 from safe_sched.audit.findings import Bad, Findings, Share, Signal, Summary
+from safe_sched.audit.rank_engine import ranks
 from safe_sched.audit.rows import AuditRow, audit_row
 from safe_sched.audit.run import audit
 from safe_sched.audit.signals import Anchored, Detector, Evidence
@@ -30,6 +31,7 @@ __all__ = [
     "Summary",
     "audit",
     "audit_row",
+    "ranks",
 ]
 
 

@@ -4,22 +4,26 @@ The harm signals are put on one scale and added up to a score s, which a mixture
 
     h(s) = (1 - pi) f_0(s) + pi f_1(s),     p(s) = pi f_1(s) / h(s)
 
-f_0, the harmless rows of this file, is a mixture of up to two normal densities; f_1, the harmful rows, is a normal
-density that starts at the scores of *known* harmful rows and may move some way from there, since the file's rows are
-other rows. p is made monotone: a more suspicious row is never less likely harmful. Intervals come from the bootstrap:
-what p would have been with other rows of the same kind, and with known rows that stand a little elsewhere. They do not
-cover harmful rows that no signal sees.
+f_0, the harmless rows, is a mixture of this file's ordinary rows, up to two normal densities, and of harmless rows that
+sound harmful, one that starts at the scores of *known* ones. f_1, the harmful rows, is a normal density that starts at
+the scores of known harmful rows. Both may move some way from there, since the file's rows are other rows. So a hump
+where known harmless rows stand is explained by harmless rows. p is made monotone: a more suspicious row is never less
+likely harmful. Intervals come from the bootstrap: what p would have been with other rows of the same kind, and with
+known rows that stand a little elsewhere. They do not cover harmful rows that no signal sees.
 
-Where labels are given, p is the isotonic regression of the labels on s.
+What a model says is added to the log-odds of p afterwards (`safe_sched.audit.contrast`).
+
+Where labels are given, p is the isotonic regression of the labels on s, to which all signals are added up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from safe_sched.audit.contrast import Contrast
 from safe_sched.audit.density import Mixture, fit_mixture
 from safe_sched.errors import DataError
 
@@ -35,30 +39,34 @@ LABELS = 20
 
 _SHIFT = 0.3  # of the known rows' spread: how unsure it is that the file's harmful rows are where these are
 _ROUNDS = 6  # of finding out what each signal is worth
-_WIDEST = 12.0  # a signal's value counts up to this many standard deviations
+_WIDEST = 12.0  # a signal's value counts up to this many standard deviations, or up to what known rows have
+_FARTHEST = 100.0
 _RIDGE = 0.1
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What a signal's values are counted in: (value - centre) / width."""
+    """What a signal's values are counted in: (value - centre) / width, at most ``widest``."""
 
     centre: float
     width: float
+    widest: float = _WIDEST
 
     @staticmethod
-    def of(values: np.ndarray) -> Scale:
-        """That of most rows: median, and median absolute deviation."""
+    def of(values: np.ndarray, *known: np.ndarray) -> Scale:
+        """That of most rows: median, and median absolute deviation; as wide as to hold known rows."""
         values = values[~np.isnan(values)]
         if values.size == 0:
             return Scale(0.0, 1.0)
         centre = float(np.median(values))
         spread = 1.4826 * float(np.median(np.abs(values - centre)))
-        return Scale(centre, spread if spread > 1e-9 else float(values.std()) or 1.0)
+        width = spread if spread > 1e-9 else float(values.std()) or 1.0
+        far = [float(np.quantile(np.abs(one - centre), 0.99)) / width for one in known if one.size]
+        return Scale(centre, width, min(max([_WIDEST, *far]), _FARTHEST))
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """0 where there is no value: it says nothing for or against."""
-        return np.nan_to_num(np.clip((values - self.centre) / self.width, -_WIDEST, _WIDEST), nan=0.0)
+        return np.nan_to_num(np.clip((values - self.centre) / self.width, -self.widest, self.widest), nan=0.0)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Calibration:
         curve: float64 (GRID,), the probability at each.
         curves: float64 (BOOTSTRAPS, GRID), what it would have been with other rows.
         about: How it came about, in words.
+        contrast: What the signals that are not in the score add to a probability; None: nothing.
     """
 
     scales: Mapping[str, Scale]
@@ -80,29 +89,41 @@ class Calibration:
     curve: np.ndarray
     curves: np.ndarray
     about: str
+    contrast: Contrast | None = None
 
     def score(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """The combined score of some rows, float64 (rows,)."""
         parts = [weight * self.scales[name](values[name]) for name, weight in self.weights.items()]
         return np.sum(parts, axis=0)
 
-    def chances(self, score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Probability, and the ends of its interval, of rows with these scores."""
+    def added(self, values: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """What the signals that are not in the score add to the log-odds of some rows, float64 (rows,)."""
+        return None if self.contrast is None else self.contrast.log_odds(values)
+
+    def chances(self, score: np.ndarray, added: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Probability, and the ends of its interval, of rows with these scores, and with what `added` gave for them."""
         low, high = np.quantile(self.curves, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-        mid = np.interp(score, self.grid, self.curve)
-        low, high = np.interp(score, self.grid, low), np.interp(score, self.grid, high)
+        mid, low, high = (self._at(score, curve, added) for curve in (self.curve, low, high))
         return mid, np.minimum(low, mid), np.maximum(high, mid)
 
-    def sums(self, score: np.ndarray) -> np.ndarray:
+    def sums(self, score: np.ndarray, added: np.ndarray | None = None) -> np.ndarray:
         """Expected harmful rows among these, under the curve and under each of `curves`: float64 (1 + BOOTSTRAPS,)."""
-        counts = _binned(score, self.grid)
-        return np.concatenate([[np.interp(score, self.grid, self.curve).sum()], self.curves @ counts])
+        whole = self._at(score, self.curve, added).sum()
+        if self.contrast is None or added is None:
+            return np.concatenate([[whole], self.curves @ _binned(score, self.grid)])
+        return np.array([whole, *(self._at(score, curve, added).sum() for curve in self.curves)])
+
+    def _at(self, score: np.ndarray, curve: np.ndarray, added: np.ndarray | None) -> np.ndarray:
+        p = np.interp(score, self.grid, curve)
+        return p if self.contrast is None or added is None else self.contrast.added(p, added)
 
 
 def calibrate(
     values: Mapping[str, np.ndarray],
     known: Mapping[str, np.ndarray],
+    harmless: Mapping[str, np.ndarray] | None = None,
     *,
+    absolute: Iterable[str] = (),
     labels: np.ndarray | None = None,
     seed: int = 0,
 ) -> Calibration:
@@ -111,6 +132,8 @@ def calibrate(
     Args:
         values: float (rows,) by signal: larger is more suspicious, nan where it has nothing to say.
         known: float (n,) by signal, where it is known: the values of rows that are harmful for sure.
+        harmless: float (m,) by signal, where it is known: the values of harmless rows that sound harmful.
+        absolute: Signals whose values mean the same in every file (`safe_sched.audit.contrast`).
         labels: float (rows,): 1 harmful, 0 not, nan unknown; None: none.
         seed: Of the bootstrap.
 
@@ -126,31 +149,51 @@ def calibrate(
         array([0., 1.])
     """
     rng = np.random.default_rng(seed)
-    scales = {name: Scale.of(value) for name, value in values.items()}
+    known_rows = labels is not None and ~np.isnan(labels)
+    labelled = labels is not None and bool(np.any(known_rows))
+    named_apart = set(absolute)
+    contrast, apart = None, [name for name in values if name in named_apart]
+    if len(apart) < len(values) and not labelled:  # with labels, or with nothing beside them, they are in the score
+        sides = [{name: one[name] for name in apart if name in one} for one in (known, harmless or {})]
+        contrast = Contrast.of(*sides)
+        values, known, harmless = (
+            {name: value for name, value in one.items() if name not in apart} for one in (values, known, harmless or {})
+        )
+    both = known, harmless or {}
+    scales = {name: Scale.of(value, *(one[name] for one in both if name in one)) for name, value in values.items()}
     z = np.array([scales[name](value) for name, value in values.items()]).reshape(len(values), -1)
-    anchors = {row: scales[name](known[name]) for row, name in enumerate(values) if name in known}
+    anchors, others = (
+        {row: scales[name](some[name]) for row, name in enumerate(values) if name in some} for some in both
+    )
     weights = _start(len(values), anchors)
     mixture = None
     for _ in range(_ROUNDS if len(values) > 1 else 1):
         score = weights @ z
-        mixture, grid, counts, anchor = _mixture(score, weights, anchors)
+        mixture, grid, counts, ends = _mixture(score, weights, anchors, others)
         if len(values) == 1 or mixture.share * score.size < 3:
             break
         weights = _worth(z, np.interp(score, grid, mixture.chance()), anchors)
     score = weights @ z
-    mixture, grid, counts, anchor = _mixture(score, weights, anchors)
+    mixture, grid, counts, ends = _mixture(score, weights, anchors, others)
     named = dict(zip(values, map(float, weights), strict=True))
-    known_rows = labels is not None and ~np.isnan(labels)
-    if labels is not None and np.any(known_rows):
+    if labels is not None and labelled:
         curve, curves = _isotonic(score[known_rows], labels[known_rows], grid, rng)
         about = f"isotonic regression on {np.count_nonzero(known_rows)} labelled rows"
         return Calibration(scales, named, grid, curve, curves, about)
     curves = np.empty((BOOTSTRAPS, GRID))
     for number in range(BOOTSTRAPS):
         drawn = rng.multinomial(int(counts.sum()), counts / counts.sum()).astype(float) if counts.sum() else counts
-        other = None if anchor is None else rng.choice(anchor, anchor.size) + _SHIFT * anchor.std() * rng.normal()
-        curves[number] = fit_mixture(grid, drawn, other, start=mixture).chance()
-    return Calibration(scales, named, grid, mixture.chance(), curves, mixture.about())
+        moved = [_elsewhere(end, rng) for end in ends]
+        curves[number] = fit_mixture(grid, drawn, *moved, start=mixture).chance()
+    about = mixture.about()
+    if contrast is not None:
+        about += f"; then {' and '.join(contrast.names)}, by what known rows have of them"
+    return Calibration(scales, named, grid, mixture.chance(), curves, about, contrast)
+
+
+def _elsewhere(known: np.ndarray | None, rng: np.random.Generator) -> np.ndarray | None:
+    """Known rows as they might as well be."""
+    return None if known is None else rng.choice(known, known.size) + _SHIFT * known.std() * rng.normal()
 
 
 def _start(count: int, anchors: Mapping[int, np.ndarray]) -> np.ndarray:
@@ -174,20 +217,25 @@ def _worth(z: np.ndarray, chance: np.ndarray, anchors: Mapping[int, np.ndarray])
 
 
 def _mixture(
-    score: np.ndarray, weights: np.ndarray, anchors: Mapping[int, np.ndarray]
-) -> tuple[Mixture, np.ndarray, np.ndarray, np.ndarray | None]:
-    """The mixture on a grid. The known rows count where the signals that know them make up the score."""
-    anchored = sum(weights[row] for row in anchors)
-    anchor = None
-    if anchors and anchored > 0.5:
-        size = min(z.size for z in anchors.values())
-        anchor = np.sum([weights[row] * z[:size] for row, z in anchors.items()], axis=0) / anchored
-    ends = np.concatenate([score, anchor if anchor is not None else score[:0]])
+    score: np.ndarray, weights: np.ndarray, harmful: Mapping[int, np.ndarray], harmless: Mapping[int, np.ndarray]
+) -> tuple[Mixture, np.ndarray, np.ndarray, tuple[np.ndarray | None, np.ndarray | None]]:
+    """The mixture on a grid, and where known rows stand on it, harmful and harmless ones."""
+    known = _known(weights, harmful), _known(weights, harmless)
+    ends = np.concatenate([score, *(one for one in known if one is not None)])
     low, high = (ends.min(), ends.max()) if ends.size else (0.0, 1.0)
     margin = 0.02 * (high - low) + 1e-6
     grid = np.linspace(low - margin, high + margin, GRID)
     counts = _binned(score, grid)
-    return fit_mixture(grid, counts, anchor), grid, counts, anchor
+    return fit_mixture(grid, counts, *known), grid, counts, known
+
+
+def _known(weights: np.ndarray, values: Mapping[int, np.ndarray]) -> np.ndarray | None:
+    """Scores of known rows, where the signals that know them make up the score."""
+    part = sum(weights[row] for row in values)
+    if not values or part <= 0.5:
+        return None
+    size = min(z.size for z in values.values())
+    return np.sum([weights[row] * z[:size] for row, z in values.items()], axis=0) / part
 
 
 def _binned(score: np.ndarray, grid: np.ndarray) -> np.ndarray:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-HARMLESS = 2
-"""Normal densities that the harmless rows are made of, at most."""
+ORDINARY = 2
+"""Normal densities that the file's ordinary rows are made of, at most."""
 
-PRIOR_ROWS = 100.0
-"""What the known harmful rows count against the file's own in saying where harmful rows stand."""
+PRIOR_ROWS, PRIOR_HARMLESS = 30.0, 100.0
+"""What known rows count against the file's own in saying where rows of their kind stand."""
 
-SINK, SLIM, FAT = 0.5, 0.8, 1.1
-"""Where the file's harmful rows may stand against the known ones, in widths of these: how far below, and how much less
-or more spread. What stands lower is taken for harmless rows that sound harmful."""
+SINK = 0.5
+"""How far the file's harmful rows may stand below the known ones, and its harmless ones that sound harmful above those
+that are known: in widths of these."""
+
+SLIM, FAT = 0.8, 1.2
+"""How much less or more spread the file's rows of a kind may have than the known ones."""
 
 NEAR = 0.75
-"""How far harmless rows may gather on the way from the file's middle to the known harmful rows."""
+"""Without known harmless rows: how far harmless rows may gather on the way from the file's middle to the known harmful
+ones."""
 
 REACH = 1.0
 """How many of their own widths there are, at least, from harmless rows up to the known harmful ones."""
 
 WIDE = 1.5
-"""How wide a group of harmless rows may be, in widths of the lower half of the file."""
+"""How wide a group of the file's ordinary rows may be, in widths of the lower half of the file."""
 
 _STEPS = 200
 _CLOSE = 1e-7
@@ -43,7 +48,8 @@ class Mixture:
         widths: float64 (components,), standard deviations.
         harmful: Whether there is a harmful component.
         log_likelihood: Of the counts.
-        anchored: Whether known harmful rows said where it begins.
+        anchored: How many of the last components stand where known rows do: none, the harmful one, or also that of
+            harmless rows that sound harmful.
     """
 
     grid: np.ndarray
@@ -52,7 +58,7 @@ class Mixture:
     widths: np.ndarray
     harmful: bool
     log_likelihood: float
-    anchored: bool
+    anchored: int
 
     @property
     def share(self) -> float:
@@ -76,12 +82,22 @@ class Mixture:
         """In words."""
         if not self.harmful:
             return "no second group of rows stands out"
-        where = "anchored at the safety set" if self.anchored else "without known rows"
-        return f"a mixture of {len(self.means) - 1} harmless and one harmful component, {where}"
+        if not self.anchored:
+            return f"{len(self.means) - 1} harmless and one harmful component, without known rows"
+        return (
+            f"{len(self.means) - self.anchored} components of ordinary rows, "
+            f"{'one of harmless rows that sound harmful, ' * (self.anchored - 1)}and one of harmful rows, anchored at "
+            "the safety set"
+        )
 
 
 def fit_mixture(
-    grid: np.ndarray, counts: np.ndarray, known: np.ndarray | None, *, start: Mixture | None = None
+    grid: np.ndarray,
+    counts: np.ndarray,
+    known: np.ndarray | None,
+    harmless: np.ndarray | None = None,
+    *,
+    start: Mixture | None = None,
 ) -> Mixture:
     """Explain counts by harmless and harmful rows.
 
@@ -90,6 +106,8 @@ def fit_mixture(
         counts: float64 (places,), rows at each.
         known: float64 (n,), scores of known harmful rows; None: there are none, and a component is only taken for
             harmful where it stands apart.
+        harmless: float64 (m,), scores of harmless rows that sound harmful; None: there are none. They only count beside
+            known harmful ones.
         start: What to start from: another fit, whose number of components is kept.
 
     Example:
@@ -104,20 +122,38 @@ def fit_mixture(
     if start is not None:
         if not start.harmful:
             return start
-        return _em(grid, counts, start.shares, start.means, start.widths, known)
-    fits = [fit for count in range(1, HARMLESS + 1) if (fit := _started(grid, counts, count, known)) is not None]
+        return _em(grid, counts, start.shares, start.means, start.widths, _anchors(known, harmless))
+    anchors = _anchors(known, harmless)
+    fits = [fit for count in range(1, ORDINARY + 1) if (fit := _started(grid, counts, count, anchors)) is not None]
     best = min(fits, key=lambda fit: _bic(fit, total)) if fits else None
     if known is not None and best is not None:
         return best
-    without = _started(grid, counts, 1, None, harmful=False)
+    without = _started(grid, counts, 1, (), harmful=False)
     if best is None or without is None or _bic(best, total) > _bic(without, total) - _GAIN or not _apart(best):
         return _nothing(grid)
     return best
 
 
+@dataclass(frozen=True)
+class _Anchor:
+    """Where known rows of a kind stand."""
+
+    mean: float
+    spread: float
+
+
+def _anchors(known: np.ndarray | None, harmless: np.ndarray | None) -> tuple[_Anchor, ...]:
+    """Of the last components: harmless rows that sound harmful, if known, and harmful ones."""
+    if known is None:
+        return ()
+    found = [_Anchor(float(np.mean(x)), float(np.std(x))) for x in (harmless, known) if x is not None and x.size]
+    # harmless rows that do not stand lower say nothing of where the border is
+    return tuple(found[-1:] if len(found) == 2 and found[0].mean >= found[1].mean else found)
+
+
 def _nothing(grid: np.ndarray) -> Mixture:
     one = np.ones(1)
-    return Mixture(grid, one, np.zeros(1), one, False, 0.0, False)
+    return Mixture(grid, one, np.zeros(1), one, False, 0.0, 0)
 
 
 def _bic(fit: Mixture, total: float) -> float:
@@ -136,35 +172,29 @@ def _apart(fit: Mixture) -> bool:
 
 
 def _started(
-    grid: np.ndarray, counts: np.ndarray, harmless: int, known: np.ndarray | None, harmful: bool = True
+    grid: np.ndarray, counts: np.ndarray, ordinary: int, anchors: Sequence[_Anchor], harmful: bool = True
 ) -> Mixture | None:
-    """Harmless components at quantiles of the file; the harmful one at the known rows, or at the top."""
+    """Ordinary components at quantiles of the file; the others at the known rows, or at the top."""
     total = counts.sum()
     running = np.cumsum(counts) / total
     mean = float(counts @ grid / total)
     width = max(float(np.sqrt(counts @ (grid - mean) ** 2 / total)), _least(grid))
     # the centre from the rows below the top fifth, which may be harmful
-    middle = [float(np.interp(q, running, grid)) for q in np.linspace(0.8, 0.2, harmless + 2)[1:-1]]
+    middle = [float(np.interp(q, running, grid)) for q in np.linspace(0.8, 0.2, ordinary + 2)[1:-1]]
     spread = max(float(np.interp(0.5, running, grid) - np.interp(0.16, running, grid)), _least(grid))
-    means, widths = list(reversed(middle)), [spread] * harmless
-    shares = [1.0 / harmless] * harmless
+    means, widths = list(reversed(middle)), [spread] * ordinary
     if not harmful:
-        return _em(grid, counts, np.array(shares), np.array(means), np.array(widths), None, harmful=False)
-    if known is not None:
-        top, top_width = float(np.mean(known)), max(float(np.std(known)), _least(grid))
-        if top <= means[-1]:
+        more, least = [], 0.0
+    elif anchors:
+        if anchors[-1].mean <= means[-1]:
             return None  # known rows do not stand out
-        least = 0.02
+        more, least = [(one.mean, one.spread) for one in anchors], 0.02
     else:
-        top, top_width, least = float(np.interp(0.99, running, grid)), width, 0.05
-    return _em(
-        grid,
-        counts,
-        np.array([*(share * (1 - least) for share in shares), least]),
-        np.array([*means, top]),
-        np.array([*widths, top_width]),
-        known,
-    )
+        more, least = [(float(np.interp(0.99, running, grid)), width)], 0.05
+    shares = [(1 - least * len(more)) / ordinary] * ordinary + [least] * len(more)
+    means += [one for one, _ in more]
+    widths += [max(one, _least(grid)) for _, one in more]
+    return _em(grid, counts, np.array(shares), np.array(means), np.array(widths), anchors, harmful)
 
 
 def _least(grid: np.ndarray) -> float:
@@ -183,52 +213,51 @@ def _em(
     shares: np.ndarray,
     means: np.ndarray,
     widths: np.ndarray,
-    known: np.ndarray | None,
+    anchors: Sequence[_Anchor],
     harmful: bool = True,
 ) -> Mixture:
-    """Expectation maximisation; the harmful component has the known rows as a prior."""
+    """Expectation maximisation; the last components have known rows as a prior."""
     total, least = counts.sum(), _least(grid)
     there = counts > 0
     places, rows = grid[there], counts[there]
-    ceiling, widest, mean, spread = np.inf, np.inf, 0.0, 0.0
-    if known is not None:
-        mean, spread = float(np.mean(known)), float(np.std(known))
+    free = len(means) - max(len(anchors), harmful)  # components of ordinary rows
+    ceiling, widest, top = np.inf, np.inf, np.inf
+    if anchors:
+        top = anchors[-1].mean
         middle = float(np.interp(0.4, np.cumsum(rows) / total, places))
-        ceiling = middle + NEAR * max(mean - middle, 0.0)
+        # no ordinary row is more suspicious than those that were chosen to sound harmful
+        ceiling = middle + max((NEAR * (top - middle)) if len(anchors) == 1 else anchors[0].mean - middle, 0.0)
         # the lower half of the file is harmless, and shows how far harmless rows spread
         widest = WIDE * max(middle - float(np.interp(0.06, np.cumsum(rows) / total, places)), least)
     before = -np.inf
     for _ in range(_STEPS):
         logs = _logs(places, shares, means, widths)
-        top = logs.max(axis=0)
-        parts = np.exp(logs - top)
+        most = logs.max(axis=0)
+        parts = np.exp(logs - most)
         sums = parts.sum(axis=0)
-        likelihood = float(rows @ (np.log(sums) + top))
+        likelihood = float(rows @ (np.log(sums) + most))
         if likelihood - before < _CLOSE * total and np.isfinite(before):
             break
         before = likelihood
         resp = parts / sums * rows
         mass = resp.sum(axis=1) + 1e-9
         means = resp @ places / mass
+        means[:free] = np.minimum(means[:free], ceiling)
+        prior = np.zeros(len(means))
+        for number, known in enumerate(anchors, free):
+            last, reach = number == len(means) - 1, SINK * known.spread
+            prior[number] = PRIOR_ROWS if last else PRIOR_HARMLESS
+            means[number] = (mass[number] * means[number] + prior[number] * known.mean) / (mass[number] + prior[number])
+            means[number] = max(means[number], known.mean - reach) if last else min(means[number], known.mean + reach)
         squares = np.array([r @ (places - m) ** 2 for r, m in zip(resp, means, strict=True)])
-        if known is not None:
-            own = mass[-1]
-            means[-1] = (own * means[-1] + PRIOR_ROWS * mean) / (own + PRIOR_ROWS)
-            squares[-1] = float(resp[-1] @ (places - means[-1]) ** 2)
-            squares[-1] += PRIOR_ROWS * (spread**2 + (means[-1] - mean) ** 2)
-            squares[-1] *= mass[-1] / (own + PRIOR_ROWS)
-            means[:-1] = np.minimum(means[:-1], ceiling)
-            means[-1] = max(means[-1], mean - SINK * spread)
-        widths = np.maximum(np.sqrt(squares / mass), least)
-        if known is not None:
-            # harmless rows that reach beyond the known harmful ones would explain these away
-            reach = np.maximum((mean - means[:-1]) / REACH, least)
-            widths[:-1] = np.minimum(widths[:-1], reach)
-            widths[-1] = np.clip(widths[-1], max(spread * SLIM, least), max(spread * FAT, least))
-        widths[: len(widths) - harmful] = np.minimum(widths[: len(widths) - harmful], widest)
+        for number, known in enumerate(anchors, free):
+            squares[number] += prior[number] * (known.spread**2 + (means[number] - known.mean) ** 2)
+        widths = np.maximum(np.sqrt(squares / (mass + prior)), least)
+        for number, known in enumerate(anchors, free):
+            widths[number] = np.clip(widths[number], max(known.spread * SLIM, least), max(known.spread * FAT, least))
+        # ordinary rows that reach beyond the known harmful ones would explain these away
+        narrow = np.minimum(np.maximum((top - means[:free]) / REACH, least), widest)
+        widths[:free] = np.minimum(widths[:free], narrow)
         shares = mass / mass.sum()
-    if harmful:
-        order = np.append(np.argsort(means[:-1], kind="stable"), len(means) - 1)
-    else:
-        order = np.argsort(means, kind="stable")
-    return Mixture(grid, shares[order], means[order], widths[order], harmful, before, known is not None)
+    order = np.append(np.argsort(means[:free], kind="stable"), np.arange(free, len(means)))
+    return Mixture(grid, shares[order], means[order], widths[order], harmful, before, len(anchors))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +14,17 @@ import pyarrow as pa
 from safe_sched.audit.findings import COLUMNS
 from safe_sched.audit.inputs import Entry
 from safe_sched.audit.rows import AuditRow
-from safe_sched.audit.signals import Detector
+from safe_sched.audit.signals import Detector, travels
 from safe_sched.errors import OptionError, PluginError
+
+if TYPE_CHECKING:
+    from safe_sched.audit.workers import Workers
+
+MANY = 15_000
+"""Rows from which on several processes are quicker than one."""
+
+MOST = 4
+"""Processes that score where nobody says how many: the one that reads keeps no more of them busy."""
 
 REASON, GROUP = "reason", "group"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
@@ -44,12 +54,103 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """One shard after the other, in this process."""
+    """On this machine: in this process, or in several.
+
+    Detectors that say ``travels = True`` are copied into each process. Others, which may hold a model or a device, stay
+    in this one. The numbers are the same, however many processes there are.
+
+    Args:
+        processes: That score, >= 1. None: one per core, `MOST` at most, where there are `MANY` rows, so that starting
+            them pays; else this one alone.
+
+    Raises:
+        OptionError: ``processes`` is out of range.
+    """
+
+    def __init__(self, processes: int | None = 1) -> None:
+        if processes is not None and processes < 1:
+            raise OptionError(f"processes={processes}; allowed: a whole number >= 1, or None")
+        self._processes = processes
+        self._workers: Workers | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def prepare(self, detectors: Sequence[Detector], rows: int) -> None:
+        """Start the processes as soon as that pays, so that they are there when the detectors are fitted.
+
+        Args:
+            detectors: That are going to score.
+            rows: As many have been read so far.
+        """
+        if self._workers is not None or not any(travels(one) for one in detectors):
+            return
+        count = self._processes or (min(_cores(), MOST) if rows >= MANY else 1)
+        if count > 1:
+            from safe_sched.audit.workers import Workers
+
+            self._workers = Workers(count)
 
     def run(self, detectors: Sequence[Detector], shards: Iterable[Shard]) -> Iterator[tuple[Shard, pa.Table]]:
-        """See `Engine.run`."""
+        """See `Engine.run`.
+
+        Raises:
+            PluginError: A process is gone, or a detector cannot be sent to it.
+        """
+        self.prepare(detectors, 0)
+        try:
+            if self._workers is None:
+                yield from ((shard, score_shard(detectors, shard)) for shard in shards)
+            else:
+                yield from self._run(self._workers, detectors, shards)
+        finally:
+            self.close()
+
+    def _run(
+        self, workers: Workers, detectors: Sequence[Detector], shards: Iterable[Shard]
+    ) -> Iterator[tuple[Shard, pa.Table]]:
+        stay = [one for one in detectors if not travels(one)]
+        workers.equip([one for one in detectors if travels(one)])
+        here: dict[int, pa.Table] = {}
+
+        def taken() -> tuple[Shard, pa.Table]:
+            shard, scores = workers.take()
+            return shard, _joined(detectors, scores, here.pop(shard.number))
+
+        under_way = 0
         for shard in shards:
-            yield shard, score_shard(detectors, shard)
+            workers.give(shard)
+            here[shard.number] = score_shard(stay, shard)
+            under_way += 1
+            if under_way == workers.count * workers.ahead:
+                yield taken()
+                under_way -= 1
+        for _ in range(under_way):
+            yield taken()
+
+    def close(self) -> None:
+        """Stop the processes, if there are any."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+
+
+def _joined(detectors: Sequence[Detector], *parts: pa.Table) -> pa.Table:
+    """The columns of one shard that were made in several places, as `score_shard` orders them."""
+    columns = {name: part.column(name) for part in parts for name in part.column_names}
+    own = {f"{one.name}{what}" for one in detectors for what in ("", f":{REASON}", f":{GROUP}")}
+    first = [name for name in columns if name not in own]
+    names = [f"{one.name}{what}" for one in detectors for what in ("", f":{REASON}", f":{GROUP}")]
+    return pa.table({name: columns[name] for name in [*first, *names]})
 
 
 def require_names(detectors: Sequence[Detector]) -> None:

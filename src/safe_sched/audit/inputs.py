@@ -104,6 +104,11 @@ class Inputs:
         rows = self._good(source)
         first = list(itertools.islice(rows, LOOKED_AT))
         schema = self._schema or source.schema or _schema_of([row for _, row in first], source.name)
+        if schema == "tokens" and self._tokenizer is None:
+            raise DataError(
+                f"{source.name}: the rows are tokens, which are read with the tokenizer that made them; name its "
+                "folder: tokenizer=..., on the command line --tokenizer"
+            )
         for where, row in itertools.chain(first, rows):
             yield where, row, schema
 

@@ -37,11 +37,12 @@ class Judge:
         harm = [detector.name for detector in self.detectors if detector.kind == "harm"]
         values = {name: scores.column(name).to_numpy().astype(np.float64) for name in harm}
         score = self.calibration.score(values)
-        p, low, high = self.calibration.chances(score)
+        added = self.calibration.added(values)
+        p, low, high = self.calibration.chances(score, added)
         # a row of which no signal says anything has no score
         silent = read & np.all([np.isnan(value) for value in values.values()], axis=0)
         read = read & ~silent
-        self._sums += self.calibration.sums(score[read])
+        self._sums += self.calibration.sums(score[read], None if added is None else added[read])
         self._scored += int(read.sum())
         flagged = p >= self.threshold
         reasons, groups = self._words(scores, flagged & read, values)
@@ -83,7 +84,7 @@ class Judge:
     def _highest(self, values: dict[str, np.ndarray], place: int) -> str:
         """The signal that a row's score owes most to."""
         weights, scales = self.calibration.weights, self.calibration.scales
-        return max(values, key=lambda name: weights[name] * float(scales[name](values[name][place : place + 1])[0]))
+        return max(weights, key=lambda name: weights[name] * float(scales[name](values[name][place : place + 1])[0]))
 
     def signals(self) -> tuple[Signal, ...]:
         """The detectors, and of how many rows each said something in words."""
@@ -98,7 +99,7 @@ class Judge:
         return Share(float(value), float(min(low, value)), float(max(high, value)))
 
 
-_SILENT = "not scored: no signal says anything of it, its prompt may be empty"
+_SILENT = "not scored: no signal says anything of it"
 
 
 def schema_of(detectors: Iterable[Detector]) -> pa.Schema:

@@ -3,46 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
-import json
 import math
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from safe_sched.audit.calibrate import Calibration, calibrate
-from safe_sched.audit.engine import Engine, LocalEngine, Shard, require_names
+from safe_sched.audit.engine import Engine, LocalEngine, require_names
 from safe_sched.audit.findings import Bad, Findings, Summary
-from safe_sched.audit.inputs import Entry, Inputs, opened_sources
+from safe_sched.audit.inputs import Inputs, opened_sources
 from safe_sched.audit.judge import Judge, schema_of
-from safe_sched.audit.rows import AuditRow
+from safe_sched.audit.labels import KnownLabels, Labels
+from safe_sched.audit.passes import Clock, calibrated, observe, score
+from safe_sched.audit.rank_engine import launched
 from safe_sched.audit.shards import Shards
-from safe_sched.audit.signals import Anchored, Detector
-from safe_sched.errors import DataError, OptionError, StateError, UnscoredError
+from safe_sched.audit.signals import Detector
+from safe_sched.errors import DataError, OptionError, UnscoredError
 from safe_sched.generation import Device, Dtype
-from safe_sched.hooks import AuditRequest
+from safe_sched.hooks import AuditRequest, NamedTokenizer
 from safe_sched.hooks import detectors as hooked
 from safe_sched.rows import CORE, read_rows
 
 SHARD_ROWS = 4096
 """Rows of a shard: what a killed audit does again, at most."""
 
-SAMPLE = 200_000
-"""Rows that the calibration is fitted to, at most; evenly spread ones of larger inputs."""
-
 AUTO = 0.5
 """The threshold where none is given: a row is flagged where it is more likely harmful than not."""
 
 _DEPENDS = ("numpy", "pyarrow", "scikit-learn", "torch", "transformers")
-_LABELS = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0, "": math.nan}
-
-Labels = str | Sequence[bool | int | float | None]
 
 
 def _silent(stage: str, done: int, total: int | None) -> None:
@@ -69,6 +61,8 @@ def audit(
     seed: int = 0,
     shard_rows: int = SHARD_ROWS,
     engine: Engine | None = None,
+    processes: int | None = None,
+    tokenizer: Any = None,
     progress: Callable[[str, int, int | None], None] = _silent,
 ) -> Findings:
     """Say of every row of a training set how likely it is harmful, and why.
@@ -94,7 +88,10 @@ def audit(
         dtype: Of the model's parameters.
         seed: Of whatever is drawn.
         shard_rows: Rows of a shard.
-        engine: What runs the scoring; None: this process.
+        engine: What runs the scoring; None: this machine.
+        processes: Of this machine that score, >= 1; None: one per core for a large input, else this one alone. Signals
+            that ask a model stay in this process.
+        tokenizer: For rows of tokens: what made them, as a folder, a hub name or an object. None: the model's.
         progress: Called with what is being done, how much of it is done, and of how much (None: unknown).
 
     Returns:
@@ -120,23 +117,30 @@ def audit(
             raise OptionError(f"{name}={value}; allowed: a whole number >= {lowest}")
     if resume and out is None:
         raise OptionError("resume=True goes on with an audit in a folder; name it, out=...")
-    clock = _Clock(progress)
+    if out is not None and engine is None and launched():
+        raise OptionError(f"several processes would write to {out}; give engine=, which safe_sched.audit.ranks() makes")
+    if processes is not None and engine is not None:
+        raise OptionError(f"processes={processes} is for this machine, and engine= runs the scoring; give one of them")
+    clock = Clock(progress)
     with contextlib.ExitStack() as stack:
+        scoring = engine or stack.enter_context(LocalEngine(1 if launched() else processes))
         shards = Shards(Path(out or stack.enter_context(tempfile.TemporaryDirectory())), resume=resume)
-        inputs = Inputs(opened_sources(data, stack), schema=schema, limit=limit)
+        inputs = Inputs(opened_sources(data, stack), schema=schema, limit=limit, tokenizer=_tokenizer(tokenizer, model))
         found = _detectors(detectors, safety_data, model, adapter, scorer, max_length, device, dtype, seed)
         require_names(found)
-        wanted = _Labels(labels)
-        rows, digests = _observe(inputs, found, wanted, shard_rows, clock)
+        wanted = KnownLabels(labels)
+        rows, digests = observe(inputs, found, wanted, shard_rows, scoring, clock)
         if rows == 0 and inputs.bad_rows == 0:
             raise DataError(f"{_names(inputs)}: no rows in it")
         bad, bad_rows = tuple(inputs.bad), inputs.bad_rows
         shards.begin(_settings(found, limit, schema, shard_rows, seed), digests)
-        _score(inputs.shards(shard_rows), found, wanted, shards, digests, engine or LocalEngine(), rows, clock)
+        score(inputs.shards(shard_rows), found, wanted, shards, digests, scoring, rows, clock)
         clock.stage("calibrating", None)
-        fitted = _calibrate(found, shards, rows, seed)
+        fitted = calibrated(found, shards, rows, seed)
         judge = Judge(found, fitted, least)
-        table = pa.concat_tables([schema_of(found).empty_table(), *map(judge.lines, shards.tables())])
+        lines, schema_out = map(judge.lines, shards.tables()), schema_of(found)
+        # in a folder of the user's the table stays on disk, so that memory does not grow with the rows
+        table = pa.concat_tables([schema_out.empty_table(), *lines]) if out is None else shards.keep(lines, schema_out)
     summary = _summary(table, judge, inputs, bad, bad_rows, limit, model, clock.done())
     if summary.scored == 0:
         first = f"the first: {bad[0].where}: {bad[0].reason}" if bad else "no signal says anything of any of them"
@@ -157,6 +161,12 @@ def _threshold(threshold: float | str) -> float:
     if not 0 < value <= 1:
         raise OptionError(f"threshold={threshold!r}; allowed: a number above 0 and at most 1, or 'auto'")
     return value
+
+
+def _tokenizer(given: Any, model: str | None) -> Any:
+    """What reads rows of tokens; loaded when the first one comes."""
+    named = model if given is None else given
+    return NamedTokenizer(str(named)) if isinstance(named, str | Path) else named
 
 
 def _detectors(
@@ -186,140 +196,6 @@ def _detectors(
     from safe_sched.audit.detectors import default_detectors  # it imports scikit-learn
 
     return [*default_detectors(safety), *hooked(request)]
-
-
-class _Labels:
-    """What is known of some rows, by column or by number."""
-
-    def __init__(self, labels: Labels | None) -> None:
-        self._labels = labels
-        self.found = 0
-
-    def of(self, entries: Sequence[Entry]) -> np.ndarray:
-        return np.array([self._one(entry) for entry in entries], np.float32)
-
-    def _one(self, entry: Entry) -> float:
-        if self._labels is None:
-            return math.nan
-        if isinstance(self._labels, str):
-            row = entry.example.row if isinstance(entry, AuditRow) else entry.row
-            if self._labels not in row:
-                raise DataError(f"{entry.where} has no column {self._labels!r}, which labels= names")
-            value = row[self._labels]
-        else:
-            if entry.number >= len(self._labels):
-                raise DataError(f"there are {len(self._labels)} labels, and more rows; give one per row, or None")
-            value = self._labels[entry.number]
-        told = math.nan if value is None else _LABELS.get(str(value).strip().lower(), value)
-        if isinstance(told, str) or (told not in (0, 1) and not math.isnan(told)):
-            raise DataError(f"{entry.where} has the label {str(value)[:40]!r}; allowed: 0, 1, or None for unknown")
-        return float(told)
-
-
-# the passes ---------------------------------------------------------------------------------------------------------
-
-
-def _observe(
-    inputs: Inputs, found: Sequence[Detector], labels: _Labels, size: int, clock: _Clock
-) -> tuple[int, list[str]]:
-    """The first pass: how many rows there are, and a digest of the rows of every shard."""
-    clock.stage("reading", None)
-    rows, digests = 0, []
-    for entries in inputs.shards(size):
-        readable = [entry for entry in entries if isinstance(entry, AuditRow)]
-        if readable:
-            for detector in found:
-                detector.observe(readable)
-        rows += len(entries)
-        digests.append(_digest(entries, labels.of(entries)))
-        clock.show(rows)
-    clock.stage("fitting", None)
-    for detector in found:
-        detector.ready()
-    return rows, digests
-
-
-def _digest(entries: Sequence[Entry], labels: np.ndarray) -> str:
-    """Of all that the scores of a shard may depend on."""
-    found = hashlib.blake2b(labels.tobytes(), digest_size=16)
-    for entry in entries:
-        row = entry.example.row if isinstance(entry, AuditRow) else entry.row
-        try:
-            text = json.dumps(row, ensure_ascii=True, default=repr)
-        except Exception:  # whatever a value that is no plain one raises
-            text = _written(entry, row)
-        found.update(f"{len(text)} {entry.where} {text}".encode("utf-8", "backslashreplace"))
-    return found.hexdigest()
-
-
-def _written(entry: Entry, row: Any) -> str:
-    try:
-        return repr(row)
-    except Exception as error:  # whatever a value that is no plain one raises
-        raise DataError(
-            f"{entry.where} holds a value that cannot be written down ({type(error).__name__}: {error}); give texts, "
-            "numbers, lists and dicts"
-        ) from error
-
-
-def _score(
-    runs: Iterable[list[Entry]],
-    found: Sequence[Detector],
-    labels: _Labels,
-    shards: Shards,
-    digests: Sequence[str],
-    engine: Engine,
-    rows: int,
-    clock: _Clock,
-) -> None:
-    """The second pass, over the shards that are not there yet."""
-    clock.stage("scoring", rows)
-    changed = StateError("the input changed while it was read; audit it when nothing writes to it")
-    seen = shown = 0
-
-    def missing() -> Iterator[Shard]:
-        nonlocal seen, shown
-        for number, entries in enumerate(runs):
-            known = labels.of(entries)
-            if number >= len(digests) or _digest(entries, known) != digests[number]:
-                raise changed
-            seen += 1
-            if shards.done(number):
-                shown += len(entries)
-                clock.show(shown)
-                continue
-            yield Shard(number, entries, known)
-
-    for shard, table in engine.run(found, missing()):
-        shards.put(shard.number, table)
-        shown += len(shard.entries)
-        clock.show(shown)
-    if seen != len(digests):
-        raise changed
-
-
-def _calibrate(found: Sequence[Detector], shards: Shards, rows: int, seed: int) -> Calibration:
-    names = [detector.name for detector in found if detector.kind == "harm"]
-    step = max(1, math.ceil(rows / SAMPLE))
-    kept: dict[str, list[np.ndarray]] = {name: [] for name in [*names, "label"]}
-    first = 0
-    for table in shards.tables():
-        some = np.arange(-first % step, table.num_rows, step)
-        first += table.num_rows
-        known = table.column("label").to_numpy()
-        if step > 1:  # labels are few, and all count
-            some = np.union1d(some, np.flatnonzero(~np.isnan(known)))
-        some = some[table.column("unread").is_null().to_numpy()[some]]
-        for name, parts in kept.items():
-            parts.append(table.column(name).to_numpy().astype(np.float64)[some])
-    values = {name: np.concatenate(parts or [np.empty(0)]) for name, parts in kept.items()}
-    known = {d.name: d.known() for d in found if d.kind == "harm" and isinstance(d, Anchored)}
-    return calibrate(
-        {name: values[name] for name in names},
-        {name: value for name, value in known.items() if value is not None and len(value)},
-        labels=values["label"],
-        seed=seed,
-    )
 
 
 # after --------------------------------------------------------------------------------------------------------------
@@ -381,25 +257,3 @@ def _summary(
         model=model,
         calibration=judge.calibration.about,
     )
-
-
-class _Clock:
-    """How long each stage takes, and what there is to show of it."""
-
-    def __init__(self, progress: Callable[[str, int, int | None], None]) -> None:
-        self._progress, self._name, self._total, self._start = progress, "", None, 0.0
-        self._seconds: dict[str, float] = {}
-
-    def stage(self, name: str, total: int | None) -> None:
-        self.done()
-        self._name, self._total, self._start = name, total, time.perf_counter()
-        self.show(0)
-
-    def show(self, done: int) -> None:
-        self._progress(self._name, done, self._total)
-
-    def done(self) -> dict[str, float]:
-        if self._name:
-            self._seconds[self._name] = time.perf_counter() - self._start
-            self._name = ""
-        return self._seconds

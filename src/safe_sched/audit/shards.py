@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +118,17 @@ class Shards:
 
     def done(self, number: int) -> bool:
         """Whether a shard is there as it was written."""
+        return self._whole(number) is not None
+
+    def _whole(self, number: int) -> bytes | None:
+        """A shard as it was written, or None."""
         marker, part = self._paths(number)
         try:
             told = json.loads(marker.read_bytes())
             data = part.read_bytes()
         except (OSError, ValueError):
-            return False
-        return told == self._marker(number, data)
+            return None
+        return data if told == self._marker(number, data) else None
 
     def put(self, number: int, table: pa.Table) -> None:
         """Keep the scores of a shard."""
@@ -142,9 +146,32 @@ class Shards:
             StateError: One is not there.
         """
         for number in range(len(self._digests)):
-            if not self.done(number):
+            if (data := self._whole(number)) is None:
                 raise StateError(f"{self._paths(number)[1]} is missing or damaged; resume the audit to make it anew")
-            yield pyarrow.parquet.read_table(self._paths(number)[1])
+            yield pyarrow.parquet.read_table(pa.BufferReader(data), use_threads=False)
+
+    def keep(self, findings: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
+        """The findings on all shards as one table that stays on disk: memory holds of it what is looked at.
+
+        Args:
+            findings: One table per shard, taken one after the other.
+            schema: Of these tables.
+
+        Raises:
+            OptionError: The folder cannot be written.
+        """
+        path = self._shards / ".findings.part"
+        try:
+            path.unlink(missing_ok=True)
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as out:
+                for table in findings:
+                    out.write_table(table)
+            found = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except OSError as error:
+            raise OptionError(f"{path} cannot be written: {error.strerror or error}") from error
+        with contextlib.suppress(OSError):  # without a name nobody can change it, and it goes with the table
+            path.unlink()
+        return found
 
     def _marker(self, number: int, data: bytes) -> dict[str, Any]:
         return {"rows": self._digests[number], "bytes": len(data), "scores": digest(data)}

@@ -62,10 +62,37 @@ class Detector(Protocol):
         ...
 
 
+def travels(detector: Detector) -> bool:
+    """Whether a fitted detector may be copied into other processes of this machine, to score there.
+
+    It says so by ``travels: ClassVar[bool] = True``, and must be quick to pickle. One that holds a model or a device
+    should not, and needs to say nothing.
+    """
+    return bool(getattr(detector, "travels", False))
+
+
+def absolute(detector: Detector) -> bool:
+    """Whether a harm detector's values mean the same in every file, as those of a model do.
+
+    It says so by ``absolute: ClassVar[bool] = True``, and must be `Anchored` and `Contrasted`: what its values are
+    worth is then learnt from known rows, not from the file.
+    """
+    return bool(getattr(detector, "absolute", False))
+
+
 @runtime_checkable
 class Anchored(Protocol):
     """A harm detector that knows what harmful rows get, which anchors the calibration."""
 
     def known(self) -> np.ndarray | None:
         """float32 (n,): the values of known harmful rows, each by a fit that has not seen the row; None: unknown."""
+        ...
+
+
+@runtime_checkable
+class Contrasted(Protocol):
+    """A harm detector that knows what harmless rows get that sound harmful; it counts where it is `Anchored` too."""
+
+    def known_harmless(self) -> np.ndarray | None:
+        """float32 (m,): the values of known harmless rows, each by a fit that has not seen the row; None: unknown."""
         ...

@@ -81,6 +81,13 @@ def audit(
     engine: Annotated[
         Literal["local", "ray"], typer.Option(metavar="KIND", help="ray: score with Ray, on a cluster or all cores.")
     ] = "local",
+    processes: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="That score, on this machine; one per core if unset.", show_default=False),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Of rows of tokens; MODEL's if unset.", show_default=False)
+    ] = None,
     max_length: Annotated[int, typer.Option(metavar="TOKENS", help="Cut rows to this for MODEL.")] = 1024,
     device: Annotated[
         Device, typer.Option(metavar="DEVICE", help="cpu, cuda, or auto: a GPU if there is one.")
@@ -125,6 +132,9 @@ def audit(
     named, the others are. 1 goes before 3.
     """
     with errors_as_exit_codes(), contextlib.ExitStack() as stack:
+        scoring, first = _engine(engine, stack)
+        if not first:
+            return  # the first process of a launcher writes and prints
         fails = None if fail_on is None else _limit_of(fail_on)
         _require_together(out, report, show_text, resume, quiet, as_json)
         from safe_sched.audit.inputs import opened_sources
@@ -149,27 +159,51 @@ def audit(
                 device=device,
                 dtype=dtype,
                 seed=seed,
-                engine=_engine(engine),
+                engine=scoring,
+                processes=processes,
+                tokenizer=tokenizer,
                 progress=progress,
             )
+            then = _next(findings, context, sources, path)
             if out is not None and path is not None:
                 progress("writing", 0, None)
-                _write(findings, sources, out, path, report, show_text, schema, limit)
-        _say(findings, context, quiet, as_json, out, path)
+                _write(findings, sources, out, path)
+                if report is not None:
+                    from safe_sched.audit.inputs import Inputs
+                    from safe_sched.hooks import NamedTokenizer
+                    from safe_sched.report.html import write_html
+
+                    read = tokenizer or model
+                    reader = None if read is None else NamedTokenizer(read)
+                    rows = Inputs(sources, schema=schema, limit=limit, tokenizer=reader)
+                    write_html(findings, rows, out / "report.html", show_text=show_text, then=then)
+        if as_json:
+            _print_json(findings)
+        elif not quiet:
+            _say(findings, then, out)
         summary = findings.summary
+        if summary.coverage < 1:
+            _name_bad(findings)
         if fails is not None and fails(summary.flagged, summary.scored):
             raise typer.Exit(FOUND)
         if summary.coverage < 1:
-            _name_bad(findings)
             raise typer.Exit(UNSCORED)
 
 
-def _engine(name: str) -> Any:
+def _engine(name: str, stack: contextlib.ExitStack) -> tuple[Any, bool]:
+    """What scores, and whether it is this process that asks it to."""
+    from safe_sched.audit.rank_engine import launched, ranks
+
+    if launched():
+        if name != "local":
+            raise OptionError(f"--engine {name} starts processes of its own; run it without accelerate launch")
+        scoring = stack.enter_context(ranks())
+        return scoring, scoring is not None
     if name == "local":
-        return None
+        return None, True
     from safe_sched.audit.ray_engine import RayEngine
 
-    return RayEngine()
+    return RayEngine(), True
 
 
 @contextlib.contextmanager
@@ -225,19 +259,8 @@ def _ending(form: str, sources: list[Any]) -> str:
     return f"{form_of(first, kind).kind}{packed}"
 
 
-def _write(
-    findings: Any,
-    sources: list[Any],
-    out: Path,
-    path: Path,
-    report: str | None,
-    show_text: bool,
-    schema: str | None,
-    limit: int | None,
-) -> None:
-    from safe_sched.audit.inputs import Inputs
+def _write(findings: Any, sources: list[Any], out: Path, path: Path) -> None:
     from safe_sched.audit.output import write_rows
-    from safe_sched.audit.rows import AuditRow
     from safe_sched.audit.shards import write_whole
     from safe_sched.report.summary import summary_json
 
@@ -246,49 +269,48 @@ def _write(
     pyarrow.parquet.write_table(findings.table, sink, compression="zstd")
     write_whole(out / "findings.parquet", sink.getvalue().to_pybytes())
     write_whole(out / "summary.json", json.dumps(summary_json(findings), indent=1).encode())
-    if report is not None:
-        from safe_sched.report.html import write_html
-
-        entries = Inputs(sources, schema=schema, limit=limit)
-        rows = (entry if isinstance(entry, AuditRow) else entry.row for entry in entries)
-        write_html(findings, rows, out / "report.html", show_text=show_text)
 
 
-def _say(
-    findings: Any, context: typer.Context, quiet: bool, as_json: bool, out: Path | None, path: Path | None
-) -> None:
-    if quiet:
-        return
-    if as_json:
-        from safe_sched.report.summary import summary_json
+def _print_json(findings: Any) -> None:
+    from safe_sched.report.summary import summary_json
 
-        typer.echo(json.dumps(summary_json(findings), indent=1))
-        return
+    typer.echo(json.dumps(summary_json(findings), indent=1))
+
+
+def _say(findings: Any, then: str | None, out: Path | None) -> None:
     from safe_sched.report.terminal import render
 
     console = Console()
-    console.print(render(findings, then=_next(findings, context, path)))
+    console.print(render(findings, then=then, bad=False))  # bad rows are named on standard error
     if out is not None:
         console.print(f"Written to {seen(str(out))}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _next(findings: Any, context: typer.Context, path: Path | None) -> str | None:
-    """What to type now."""
-    if path is None:
-        words = [str(one) for one in context.params["files"]]
-        model = context.params["model"]
-        more = ["--model", str(model)] if model else []
-        return shlex.join(["safe-sched", "audit", *words, *more, "--out", "found", "--report", "html"])
-    summary = findings.summary
-    if len(context.params["files"]) > 1 or summary.limited or summary.coverage < 1 or not summary.flagged:
-        return None
-    ending = path.name.removeprefix("rows")
-    return shlex.join(
-        [
-            *("safe-sched", "export", str(context.params["files"][0]), str(path.parent / "findings.parquet")),
-            *("--threshold", f"{1 - summary.threshold:g}", "--out", f"kept{ending}", "--removed", f"removed{ending}"),
-        ]
-    )
+_NOT_AGAIN = ("files", "out", "report", "show_text", "fail_on", "resume", "quiet", "as_json")
+
+
+def _next(findings: Any, context: typer.Context, sources: list[Any], path: Path | None) -> str | None:
+    """What to type now: take flagged rows out; where there are none, put safety rows between the others."""
+    from safe_sched.report.words import total
+
+    asked, summary = context.params, findings.summary
+    nothing = not summary.flagged and summary.scored == summary.rows
+    # the commands count the rows of the file, so it must be one, and they must be all of it
+    plain = len(sources) == 1 and sources[0].name == asked["files"][0] and total(summary) == summary.rows
+    data = str(asked["files"][0]) if plain and not summary.limited else None if path is None else str(path)
+    ending = ".jsonl" if path is None else path.name.removeprefix("rows")
+    if nothing and data is not None:
+        return shlex.join(["safe-sched", "mix", data, "--safety", asked["safety"], "--out", f"mixed{ending}"])
+    if path is None or data is None:
+        given = [p for p in context.command.params if p.name not in _NOT_AGAIN and asked[p.name or ""] != p.default]
+        words = [*asked["files"], *(word for p in given for word in (p.opts[0], str(asked[p.name or ""])))]
+        return shlex.join(["safe-sched", "audit", *words, "--out", "found", "--report", "html"])
+    words = ["safe-sched", "export", data, str(path.parent / "findings.parquet")]
+    if summary.flagged:
+        words += ["--threshold", f"{1 - summary.threshold:g}"]
+    if summary.scored < summary.rows:
+        words += ["--unscored", "remove"]
+    return shlex.join([*words, "--out", f"kept{ending}", "--removed", f"removed{ending}"])
 
 
 def _name_bad(findings: Any) -> None:

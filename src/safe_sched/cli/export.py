@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -22,9 +22,7 @@ def export(
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="Training file or folder, hf://owner/name, or - for JSON lines.")
     ],
-    weights: Annotated[
-        Path, typer.Argument(metavar="WEIGHTS", help="The run's table: .parquet, with the columns row and weight.")
-    ],
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="A run's table or an audit's findings.parquet.")],
     out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="Where to write; - is standard output.")],
     threshold: Annotated[
         float | None, typer.Option(metavar="WEIGHT", help="Take rows of a lower weight out.", show_default=False)
@@ -35,6 +33,10 @@ def export(
     multiply: Annotated[
         bool, typer.Option("--multiply", metavar="", help="Multiply by weights that rows have.", show_default=False)
     ] = False,
+    unscored: Annotated[
+        Literal["error", "keep", "remove"],
+        typer.Option(metavar="WHAT", help="Rows without a score: keep with weight 1, or remove."),
+    ] = "error",
 ) -> None:
     r"""Write every row of a training file with its weight.
 
@@ -51,11 +53,23 @@ def export(
         safe-sched export train.jsonl weights.parquet --out kept.jsonl \
             --threshold 0.2 --removed removed.jsonl
 
+    After an audit, WEIGHTS is the findings.parquet in its folder. Rows that
+    the audit could not score have no weight: --unscored says whether to keep
+    or to remove them, and without it they are an error that names them.
+
     Exit codes: 0 every row is in one of the files; 2 something that was
     given cannot be used, and nothing is written.
     """
     with errors_as_exit_codes():
-        found = write_weights(data, out, table=_table(weights), threshold=threshold, removed=removed, multiply=multiply)
+        found = write_weights(
+            data,
+            out,
+            table=_table(weights),
+            threshold=threshold,
+            removed=removed,
+            multiply=multiply,
+            unscored=unscored,
+        )
     Console(stderr=True).print(_summary(found, out, removed))  # standard output may be the rows
 
 

@@ -12,7 +12,7 @@ from safe_sched.report.words import percent
 
 WIDTH, HEIGHT = 640, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 22, 40
-CELL, LABEL = 46, 190
+CELL, LABEL, LETTER = 46, 190, 7.2
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ def matrix_chart(names: Sequence[str], correlations: Sequence[Sequence[float | N
     there = [i for i, line in enumerate(correlations) if any(one is not None for j, one in enumerate(line) if i != j)]
     names = [names[i] for i in there]
     correlations = [[correlations[i][j] for j in there] for i in there]
+    label = min(LABEL, round(max(map(len, names), default=0) * LETTER) + 12)
     squares = []
     for i in range(1, len(names)):
         for j in range(i):
@@ -134,7 +135,7 @@ def matrix_chart(names: Sequence[str], correlations: Sequence[Sequence[float | N
             said = "none can be told" if value is None else f"{value:.2f}"
             squares.append(
                 Square(
-                    x=LABEL + j * CELL,
+                    x=label + j * CELL,
                     y=(i - 1) * CELL,
                     shade=0.0 if value is None else round(0.06 + 0.46 * abs(value), 3),
                     way="pos" if (value or 0) >= 0 else "neg",
@@ -143,7 +144,9 @@ def matrix_chart(names: Sequence[str], correlations: Sequence[Sequence[float | N
                 )
             )
     size = max(0, len(names) - 1)
-    return Matrix(tuple(squares), tuple(names), LABEL + size * CELL + 4, size * CELL + 110)
+    return Matrix(
+        tuple(squares), tuple(names), label + size * CELL + 4, size * CELL + 24 + round(0.65 * label), label=label
+    )
 
 
 @dataclass(frozen=True)

@@ -167,14 +167,15 @@ def _data(
     points = _points(view)
     return {
         "signals": [
-            {"name": safe(one.name, 60), "kind": one.kind, "about": safe(one.about)} for one in summary.signals
+            {"name": safe(one.name, 60), "kind": one.kind, "about": safe(one.about), "said": one.said}
+            for one in summary.signals
         ],
         "rows": {
             "where": [safe(one, _NAME) for one in view.where.take(rows).to_pylist()],
-            "p": _figures(view.p[rows]),
-            "low": _figures(view.low[rows]),
-            "high": _figures(view.high[rows]),
-            "weight": _figures(view.weight[rows]),
+            "p": _chances(view.p[rows]),
+            "low": _chances(view.low[rows]),
+            "high": _chances(view.high[rows]),
+            "weight": _chances(view.weight[rows]),
             "flagged": view.flagged[rows].astype(int).tolist(),
             "reason": [safe(one, _REASON) for one in view.reason.take(rows).to_pylist()],
             "group": [safe(names[one], _NAME) if one >= 0 else "" for one in code[rows].tolist()],
@@ -184,7 +185,7 @@ def _data(
         },
         "points": {
             "where": [safe(one, _NAME) for one in view.where.take(points).to_pylist()],
-            "p": _figures(view.p[points]),
+            "p": _chances(view.p[points]),
             "flagged": view.flagged[points].astype(int).tolist(),
             "values": [_figures(values[points]) for values in view.signals.values()],
         },
@@ -211,6 +212,12 @@ def _points(view: View) -> np.ndarray:
 
 def _figures(values: np.ndarray, digits: int = 4) -> list[float | None]:
     return [float(f"{one:.{digits}g}") if np.isfinite(one) else None for one in values.tolist()]
+
+
+def _chances(values: np.ndarray) -> list[float | None]:
+    """In four digits, of which none makes a 0 or a 1 of what is not."""
+    inside = np.where((values > 0) & (values < 1), np.clip(values, 1e-4, 1 - 1e-4), values)
+    return _figures(inside)
 
 
 def _block(data: dict[str, Any]) -> Markup:

@@ -24,12 +24,13 @@ BAD = 10
 _WORD = re.compile(r"""(?:[^\s'"\\]|'[^']*'|"(?:[^"\\]|\\.)*"|\\.)+""")  # of a shell, as it was typed
 
 
-def render(findings: Findings, *, then: str | None = None) -> RenderableType:
+def render(findings: Findings, *, then: str | None = None, bad: bool = True) -> RenderableType:
     """An audit in a screen: three numbers, the worst rows by group, the signals, bad rows, what to type next.
 
     Args:
         findings: Of an audit.
         then: The next line to type; None: one that is told from the findings, where that is possible.
+        bad: Whether what could not be read is named; otherwise it is only counted.
 
     Returns:
         What ``rich.print`` shows. No text of a row is in it.
@@ -41,10 +42,10 @@ def render(findings: Findings, *, then: str | None = None) -> RenderableType:
     shown: list[RenderableType] = [_numbers(summary), Text(verdict(summary), style="bold")]
     if summary.limited is not None:
         shown.append(Text(f"The audit was limited to {summary.limited:,} rows; it says nothing of later ones."))
-    shown += _groups(view)
+    shown += _groups(view, summary)
     if summary.signals:
         shown.append(_signals(summary, view))
-    if summary.bad_rows:
+    if bad and summary.bad_rows:
         shown.append(_bad(summary))
     line = next_line(summary) if then is None else then
     if line:
@@ -72,7 +73,7 @@ def _card(name: str, value: str, beside: str, style: str) -> Panel:
     return Panel(Text.assemble((value, f"bold {style}"), "\n", beside), title=name, title_align="left", width=30)
 
 
-def _groups(view: View) -> Iterable[RenderableType]:
+def _groups(view: View, summary: Summary) -> Iterable[RenderableType]:
     every = [group for group in groups(view) if group.flagged]
     if not every:
         return
@@ -84,14 +85,17 @@ def _groups(view: View) -> Iterable[RenderableType]:
     table.add_column("worst row, and why", overflow="fold", ratio=5)
     for group in every[:GROUPS]:
         row = group.worst
-        why = Text(safe(view.where[row].as_py(), 120), style="bold")
+        where: str = view.where[row].as_py()
+        if len(summary.sources) == 1:  # there is nothing to tell apart
+            where = where.removeprefix(f"{summary.sources[0]}, ")
+        why = Text(safe(where, 120), style="bold")
         if reason := safe(view.reason[row].as_py(), 300):
             why.append(f"\n{reason}", style="not bold")
         table.add_row(
             Text(safe(group.name, 120)),
             f"{group.rows:,}",
             f"{group.flagged:,}",
-            Text(f"{chance(view.p[row])}\n({chance(view.low[row])} to {chance(view.high[row])})"),
+            Text("\n".join(dict.fromkeys((chance(view.p[row]), _interval(view, row))))),
             why,
         )
     yield table
@@ -99,6 +103,12 @@ def _groups(view: View) -> Iterable[RenderableType]:
         rest = every[GROUPS:]
         more = sum(group.flagged for group in rest)
         yield Text(f"and {len(rest):,} more groups with {more:,} flagged rows", style="dim")
+
+
+def _interval(view: View, row: int) -> str:
+    """Where it says more than the number itself."""
+    low, high, p = (chance(one[row]) for one in (view.low, view.high, view.p))
+    return p if low == high == p else f"({low} to {high})"
 
 
 def _signals(summary: Summary, view: View) -> Table:

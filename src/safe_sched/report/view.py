@@ -23,6 +23,7 @@ FILL = 200
 """Rows that are shown at least, flagged or not, so that a clean file's report shows what came closest."""
 
 _LEAST = np.finfo(np.float64).min
+_AREAS = "words of "
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
@@ -175,10 +176,7 @@ def buckets(view: View) -> tuple[np.ndarray, list[str]]:
 
 
 def _in_common(view: View, rows: np.ndarray) -> list[str]:
-    said = [
-        [_NUMBER.sub("N", one) for one in reason.split("; ")] if reason else []
-        for reason in view.reason.take(rows).to_pylist()
-    ]
+    said = [_apart(reason) if reason else [] for reason in view.reason.take(rows).to_pylist()]
     count = Counter(one for reasons in said for one in set(reasons))
     signals = strongest(view, rows)
     return [
@@ -186,6 +184,17 @@ def _in_common(view: View, rows: np.ndarray) -> list[str]:
         if reasons
         else f"signal: {signal or 'none alone'}"
         for reasons, signal in zip(said, signals, strict=True)
+    ]
+
+
+def _apart(reason: str) -> list[str]:
+    """What is said of a row, one by one: without numbers, and "words of war, drugs" as two."""
+    parts = [_NUMBER.sub("N", one) for one in reason.split("; ")]
+    lists = [one.removeprefix(_AREAS).split(", ") if one.startswith(_AREAS) else None for one in parts]
+    return [
+        one
+        for part, areas in zip(parts, lists, strict=True)
+        for one in ([_AREAS + a for a in areas] if areas else [part])
     ]
 
 

@@ -56,6 +56,7 @@ from safe_sched.errors import OptionError
 from safe_sched.evidence import Calibration
 from safe_sched.index import RowIndex
 from safe_sched.posterior import Langevin, acceptance, effective_draws, normal, rhat, sample
+from safe_sched.prior import RowPrior
 from safe_sched.reference import load_reference
 from safe_sched.schedulers.options import options, settings_of
 from safe_sched.schedulers.released import Released
@@ -98,6 +99,7 @@ class BDSState(State):
         reference: float32 (slots,) losses of the reference model, or (0,).
         moments: float32 (5, slots): visits, mean loss, mean safety loss, sum of their co-deviations, sum
             of squared deviations of the safety loss; or (5, 0).
+        row_prior: float16 (slots,), log-odds that were given before the run (`safe_sched.prior`), or (0,).
     """
 
     log_odds: Tensor
@@ -117,6 +119,7 @@ class BDSState(State):
     log_total: Tensor
     reference: Tensor
     moments: Tensor
+    row_prior: Tensor
 
 
 @options
@@ -284,6 +287,28 @@ class BDS:
             log_total=torch.tensor(math.log(max(index.rows, 1)) + start, dtype=torch.float64),
             reference=load_reference(Path(str(self.reference)), index) if from_file else self._unknown_losses(n),
             moments=torch.zeros(5, n if self.evidence == "covariance" else 0),
+            row_prior=torch.empty(0, dtype=torch.float16),
+        )
+
+    def with_prior(self, state: Any, prior: RowPrior) -> Any:
+        """See `safe_sched.prior.Informed`: what is known of a row before the run counts like a score.
+
+        Raises:
+            OptionError: The transform gives relative weights, or the rule is the released one.
+        """
+        if self._released is not None or self._transform != "sigmoid":
+            raise OptionError(
+                "BDS: a prior for every row is a probability, which the released rule and relative weights have no "
+                'place for; use transform="sigmoid", the default, or give no prior'
+            )
+        told = prior.log_odds.half()
+        known, total = told != 0, told.float() + self._share_log_odds(state.judged)
+        kept = {name: getattr(state, name) for name in ("harmful", "low", "high", "sampled")}
+        found = (self._curve(total), self._curve(total, 1), self._curve(total, 2), total)
+        return replace(
+            state,
+            row_prior=told,
+            **{name: torch.where(known, new.half(), kept[name]) for name, new in zip(kept, found, strict=True)},
         )
 
     def _unknown_losses(self, n: int) -> Tensor:
@@ -324,12 +349,22 @@ class BDS:
         if self._transform == "identity":
             return state.weight[where]
         benign = (1 - self._now(state, where, state.harmful)) / self._prior_mean
-        return torch.where(state.scored[where] > 0, benign, 1.0)
+        return torch.where(self._known(state, where), benign, 1.0)
+
+    def _known(self, state: BDSState, where: Any) -> Tensor:
+        """Of which rows something is known: a score, or a prior of their own."""
+        scored = state.scored[where] > 0
+        return scored | (state.row_prior[where] != 0) if state.row_prior.numel() else scored
+
+    def _said(self, state: BDSState, where: Any) -> Tensor:
+        """Log-odds of rows by their scores and their own prior, float16."""
+        told = state.log_odds[where]
+        return told + state.row_prior[where] if state.row_prior.numel() else told
 
     def _now(self, state: BDSState, where: Any, sampled: Tensor, which: int = 0) -> Tensor:
         """What was sampled of P(harmful), float32, with the change since in the share found: exact, by a sum over z."""
         then = state.sampled[where].float()
-        now = torch.where(state.scored[where] > 0, self._total(state, where), then)
+        now = torch.where(self._known(state, where), self._total(state, where), then)
         return (sampled[where].float() + self._curve(now, which) - self._curve(then, which)).clamp(0, 1)
 
     def log_odds(self, state: Any, slots: Any) -> Tensor:
@@ -348,7 +383,11 @@ class BDS:
             "p_harmful_high": torch.maximum(self._now(state, everywhere, state.high, 2), p),
             "log_odds": state.log_odds.float(),
             "scored": state.scored.to(torch.int32),
+            **self._prior_column(state),
         }
+
+    def _prior_column(self, state: BDSState) -> dict[str, Tensor]:
+        return {"prior_log_odds": state.row_prior.float()} if state.row_prior.numel() else {}
 
     # learning ---------------------------------------------------------------------------------------------------
 
@@ -376,7 +415,7 @@ class BDS:
         return seen & early & (self._total(state, slots) > -RESOLVED)
 
     def _total(self, state: BDSState, slots: Any) -> Tensor:
-        return state.log_odds[slots].float() + self._share_log_odds(state.judged)
+        return self._said(state, slots).float() + self._share_log_odds(state.judged)
 
     def update(self, state: Any, step: Observation) -> dict[str, float]:
         """See `safe_sched.types.Scheduler.update`: scores that need no probe."""

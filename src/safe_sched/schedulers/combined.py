@@ -23,11 +23,9 @@ from torch import Tensor
 from safe_sched.errors import OptionError
 from safe_sched.evidence import LIMIT
 from safe_sched.index import RowIndex
+from safe_sched.prior import CLEARS
 from safe_sched.schedulers.catalog import build
 from safe_sched.types import Columns, Observation, Scheduler, State
-
-CLEARS = 2.0
-"""Nats by which one expert can clear a row at most."""
 
 
 @runtime_checkable

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from safe_sched.errors import DataError, OptionError
 from safe_sched.index import RowIndex
+from safe_sched.prior import RowPrior
 from safe_sched.schedulers.options import options
 from safe_sched.types import Observation, State
 
@@ -121,6 +122,16 @@ class Fixed:
                 f"{float(weight[slots[row]])}; give identical rows one weight"
             )
         return FixedState(weight)
+
+    def with_prior(self, state: FixedState, prior: RowPrior) -> FixedState:
+        """See `safe_sched.prior.Informed`: the weight of a row is ``1 - p``, as ``safe-sched export`` writes it.
+
+        Raises:
+            OptionError: It has weights already.
+        """
+        if self.values is not None:
+            raise OptionError("Fixed(values) has its weights, and a prior gives others; use Fixed() with the prior")
+        return FixedState((1 - prior.p).float())
 
     def grow(self, state: FixedState, index: RowIndex) -> FixedState:
         """See `safe_sched.types.Scheduler.grow`."""

@@ -66,6 +66,7 @@ from safe_sched.errors import OptionError, StateError
 from safe_sched.identity import mix64
 from safe_sched.index import RowIndex
 from safe_sched.posterior import normal, step
+from safe_sched.prior import RowPrior
 from safe_sched.schedulers.bds import BDS, RESOLVED, BDSState
 from safe_sched.schedulers.options import options, settings_of
 from safe_sched.scorer import BIAS, FeatureKind, Head, HeadKind, Scorer, expected_sigmoid, harm, require_width
@@ -281,6 +282,10 @@ class NeuralBDS:
             memory=torch.empty(0, start.head.width),
         )
 
+    def with_prior(self, state: NeuralState, prior: RowPrior) -> NeuralState:
+        """See `safe_sched.prior.Informed`: it counts like a score, for the row and for the head."""
+        return self._rows.with_prior(state, prior)
+
     def grow(self, state: NeuralState, index: RowIndex) -> NeuralState:
         """See `safe_sched.types.Scheduler.grow`: new rows start where all rows started."""
         new = index.slots - state.logit.numel()
@@ -324,7 +329,7 @@ class NeuralBDS:
         return self._weights(state, slots, state.logit[slots], state.spread[slots])
 
     def _weights(self, state: NeuralState, where: Any, logit: Tensor, spread: Tensor) -> Tensor:
-        benign = expected_sigmoid(logit.double() - state.log_odds[where], spread)
+        benign = expected_sigmoid(logit.double() - self._rows._said(state, where), spread)
         return (benign / (1 - self.prior_share)).float()
 
     def _read(self, state: NeuralState, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -337,7 +342,7 @@ class NeuralBDS:
 
     def columns(self, state: NeuralState) -> dict[str, Tensor]:
         """What the table says of every slot; ``head_log_odds`` is the head's alone, in nats, harmful above 0."""
-        p, low, high = harm(state.logit, state.spread, state.log_odds)
+        p, low, high = harm(state.logit, state.spread, self._rows._said(state, slice(None)))
         return {
             "p_harmful": p,
             "p_harmful_low": low,
@@ -345,6 +350,7 @@ class NeuralBDS:
             "log_odds": state.log_odds.float(),
             "head_log_odds": -state.logit,
             "scored": state.scored.to(torch.int32),
+            **self._rows._prior_column(state),
         }
 
     def scorer(self, state: NeuralState) -> Scorer:
@@ -364,7 +370,7 @@ class NeuralBDS:
         """Which rows are still open: bool (rows,)."""
         if self.evidence != "probe":
             return torch.zeros(slots.numel(), dtype=torch.bool)
-        benign = expected_sigmoid(state.logit[slots].double() - state.log_odds[slots], state.spread[slots])
+        benign = expected_sigmoid(state.logit[slots].double() - self._rows._said(state, slots), state.spread[slots])
         log_odds = torch.logit(benign, eps=1e-12).abs()
         scored, known = state.scored[slots].long(), state.known[slots] & (state.trained > 0)
         # a fixed number per slot, uniform on [0, 1)
@@ -465,7 +471,7 @@ class NeuralBDS:
 
     def _evidence(self, state: NeuralState) -> Tensor:
         """E of the remembered rows, with the harmful-share prior where the energy wants it."""
-        evidence = state.log_odds[state.remembered]
+        evidence = self._rows._said(state, state.remembered)
         return evidence + self._rows._share_log_odds(state.judged) if self.energy == "weights" else evidence
 
     # the posterior of the head ----------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ Nearly: the sets A, B of their runs of three words overlap, |A & B| / |A | B| >=
 MinHash (arXiv 1208.1259): every run is hashed into one of `BINS` bins, and the smallest hash of each bin is kept. Two
 rows agree in a bin with the probability of their overlap. Rows that agree in a band of bins are compared in full.
 
-*Memory.* Sketches of the first `ROWS` distinct rows are kept, about a kilobyte each; rows behind are compared with
-those.
+*Memory.* Sketches of the first `ROWS` distinct rows are kept while the rows are gone through, about a kilobyte each;
+rows behind are compared with those. After that, sketches of rows that have copies are kept, and eight bytes of each
+other row.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Duplicates:
     name: ClassVar[str] = "duplicate"
     about: ClassVar[str] = "Overlap with another row; 1 is the same text"
     kind: ClassVar[Sort] = "quality"
+    travels: ClassVar[bool] = True
 
     def __init__(self, rows: int = ROWS) -> None:
         self._most = rows
@@ -59,22 +61,25 @@ class Duplicates:
         self._sketches = np.zeros((1024, BINS), np.uint32)
         self._where: list[str] = []
         self._copied: set[int] = set()  # places of rows that have a copy
-        self._words: dict[str, int] = {}
+        self._alone = np.zeros(0, np.uint64)  # sorted hashes of kept rows that have none
+        self._words = _Hashes()
 
     def observe(self, rows: Sequence[AuditRow]) -> None:
         """Keep sketches of rows that are like none before."""
-        sketches = self._sketch(rows)
-        for row, sketch in zip(rows, sketches, strict=True):
-            exact, bands = _key(row), _bands(sketch)
-            place, _ = self._like(exact, bands, sketch)
+        exact = [_key(row) for row in rows]
+        new = [number for number, key in enumerate(exact) if key not in self._exact]
+        self._copied.update(self._exact[key] for key in exact if key in self._exact)
+        for number, sketch in zip(new, self._sketch([rows[number] for number in new]), strict=True):
+            bands = _bands(sketch)
+            place, _ = self._like(exact[number], bands, sketch)
             if place is not None:
                 self._copied.add(place)
                 continue
             place = len(self._where)
             if place >= self._most:
                 continue
-            self._where.append(row.where)
-            self._exact[exact] = place
+            self._where.append(rows[number].where)
+            self._exact[exact[number]] = place
             for band in bands:
                 self._bands.setdefault(band, place)
             if place >= len(self._sketches):
@@ -82,16 +87,31 @@ class Duplicates:
             self._sketches[place] = sketch
 
     def ready(self) -> None:
-        """Forget what only the first pass needs."""
-        self._words.clear()
+        """Forget what only the first pass needs: all of the rows without a copy but that they have none."""
+        kept = sorted(self._copied)
+        new = {old: place for place, old in enumerate(kept)}
+        alone = [key for key, place in self._exact.items() if place not in self._copied]
+        self._alone = np.sort(np.array(alone, np.uint64))
+        self._exact = {key: new[place] for key, place in self._exact.items() if place in new}
+        self._bands = {band: new[place] for band, place in self._bands.items() if place in new}
+        self._sketches = self._sketches[kept]
+        self._where = [self._where[place] for place in kept]
+        self._words = _Hashes()
 
     def score(self, rows: Sequence[AuditRow]) -> Evidence:
         """Overlap with the first row that a row is like; nan for rows like no other."""
         value, reasons = nothing(len(rows))
         group: list[str | None] = [None] * len(rows)
-        for number, (row, sketch) in enumerate(zip(rows, self._sketch(rows), strict=True)):
-            place, overlap = self._like(_key(row), _bands(sketch), sketch)
-            if place is None or place not in self._copied:
+        exact = [_key(row) for row in rows]
+        alone = self._is_alone(exact)
+        near = [number for number, key in enumerate(exact) if not alone[number] and key not in self._exact]
+        sketches = dict(zip(near, self._sketch([rows[number] for number in near]), strict=True))
+        for number, row in enumerate(rows):
+            if alone[number]:
+                continue
+            sketch = sketches.get(number)
+            place, overlap = self._like(exact[number], [] if sketch is None else _bands(sketch), sketch)
+            if place is None:
                 continue
             first = self._where[place]
             value[number], group[number] = overlap, f"copies of {first}"
@@ -106,9 +126,17 @@ class Duplicates:
 
     def settings(self) -> dict[str, object]:
         """How rows are compared."""
-        return {"rows": self._most, "bins": BINS, "band": BAND, "near": NEAR, "version": 1}
+        return {"rows": self._most, "bins": BINS, "band": BAND, "near": NEAR, "version": 2}
 
-    def _like(self, exact: int, bands: list[int], sketch: np.ndarray) -> tuple[int | None, float]:
+    def _is_alone(self, exact: list[int]) -> list[bool]:
+        """Which hashes are those of rows that are like no other."""
+        if not self._alone.size:
+            return [False] * len(exact)
+        keys = np.array(exact, np.uint64)
+        places = np.minimum(np.searchsorted(self._alone, keys), self._alone.size - 1)
+        return (self._alone[places] == keys).tolist()
+
+    def _like(self, exact: int, bands: list[int], sketch: np.ndarray | None) -> tuple[int | None, float]:
         """The first row that is the same or nearly so, and the overlap."""
         if (place := self._exact.get(exact)) is not None:
             return place, 1.0
@@ -121,25 +149,30 @@ class Duplicates:
 
     def _sketch(self, rows: Sequence[AuditRow]) -> np.ndarray:
         """uint32 (rows, BINS)."""
-        known = self._words
-        if len(known) > 1 << 17:
-            known.clear()
+        if len(self._words) > 1 << 17:
+            self._words = _Hashes()
+        known = self._words.__getitem__
         ids: list[int] = []
         ends = []
         for row in rows:
-            words = [*words_of(row.system), *words_of(row.prompt), *words_of(row.answer)]
-            for word in words:
-                one = known.get(word)
-                if one is None:
-                    one = known[word] = zlib.crc32(word.encode("utf-8", "replace"))
-                ids.append(one)
-            if len(words) < _FEWEST:  # too few runs for a comparison
-                del ids[len(ids) - len(words) :]
+            words = words_of(row.prompt) + words_of(row.answer)
+            if row.system:
+                words = words_of(row.system) + words
+            if len(words) >= _FEWEST:  # else there are too few runs for a comparison
+                ids.extend(map(known, words))
             ends.append(len(ids))
         sketches = np.full((len(rows), BINS), _EMPTY, np.uint32)
         if ids:
             _minima(np.array(ids, np.uint64), np.array(ends), sketches)
         return sketches
+
+
+class _Hashes(dict[str, int]):
+    """Hashes of words; a look-up of one that is there is no call of Python's."""
+
+    def __missing__(self, word: str) -> int:
+        found = self[word] = zlib.crc32(word.encode("utf-8", "replace"))
+        return found
 
 
 def _key(row: AuditRow) -> int:

@@ -7,6 +7,7 @@ import binascii
 import codecs
 import functools
 import re
+import string
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -30,7 +31,21 @@ _BASE64 = re.compile(r"(?<![A-Za-z0-9+/=_-])[A-Za-z0-9+/_-]{24,}+={0,2}+")
 _HEX = re.compile(r"(?<![0-9A-Za-z])(?:(?:0x|\\x)?[0-9a-fA-F]{2}[ :,]?){16,}+")
 _ESCAPES = re.compile(r"(?:\\u[0-9a-fA-F]{4}|%[0-9a-fA-F]{2}|&#x?[0-9a-fA-F]+;){8,}+")
 _BITS = re.compile(r"(?<!\d)(?:[01]{8}[ ,]?){6,}+")
-_WORD = re.compile(r"[a-z]+")
+# no character that the five above look for is missing here; `_MIXED` needs one of two alphabets
+_UNUSUAL = re.compile(
+    "[\u00ad\u034f\u0370-\u03ff\u0400-\u04ff\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b-\u200d\u202a-\u202e"
+    "\u2060-\u206f\ufeff\uff21-\uff3a\uff41-\uff5a\U0001d400-\U0001d7ff\U0001f130-\U0001f189\U000e0001-\U000e007f]"
+)
+# of bytes: what may be part of a code becomes "+", else a blank; a search is made where there is a long run only
+_IN_BASE64, _IN_HEX, _IN_BITS, _LETTERS = (
+    bytes((one if keep else 43) if chr(one) in those else 32 for one in range(256))
+    for those, keep in (
+        (f"{string.ascii_letters}{string.digits}+/_-", False),
+        (f"{string.hexdigits}x\\ :,", False),
+        ("01 ,", False),
+        (string.ascii_lowercase, True),
+    )
+)
 _WORDS = (
     "the and you that was for are with his they this have from not but what all were when your can said there "
     "use how  each which their will other about out many then them these some her would make like him into "
@@ -54,6 +69,7 @@ class Hidden:
     name: ClassVar[str] = "hidden"
     about: ClassVar[str] = "Encoded text, invisible characters, reversed direction, or letters that look like others"
     kind: ClassVar[Sort] = "quality"
+    travels: ClassVar[bool] = True
 
     def observe(self, rows: Sequence[AuditRow]) -> None:
         """Nothing is learnt."""
@@ -83,7 +99,7 @@ def _looks(text: str) -> list[tuple[float, str]]:
         return []
     if len(text) > LOOKED:
         text = text[: LOOKED * 3 // 4] + "\n" + text[-LOOKED // 4 :]
-    plain = text.isascii()
+    plain = text.isascii() or _UNUSUAL.search(text) is None
     return [(sure, what) for what, sure, ascii_too, check in _CHECKS if (ascii_too or not plain) and check(text)]
 
 
@@ -97,8 +113,17 @@ def _reads(raw: bytes) -> bool:
     return len(text) >= 8 and text.isprintable() and letters >= 0.8 * len(text)
 
 
+def _bytes_of(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _has_run(text: str, table: bytes, length: int) -> bool:
+    """Whether so many bytes of a kind stand together: many times as quick as a search by a pattern."""
+    return b"+" * length in _bytes_of(text).translate(table)
+
+
 def _base64(text: str) -> bool:
-    if max(map(len, text.split()), default=0) < 24:  # quicker than the search
+    if not _has_run(text, _IN_BASE64, 24):
         return False
     for found in _BASE64.finditer(text):
         body = found[0].rstrip("=").replace("-", "+").replace("_", "/")
@@ -112,7 +137,7 @@ def _base64(text: str) -> bool:
 
 
 def _hex(text: str) -> bool:
-    if sum(map(text.count, "0123456789")) < 8:  # letters of all scripts have a digit in every second byte
+    if not _has_run(text, _IN_HEX, 32):
         return False
     for found in _HEX.finditer(text):
         digits = re.sub(r"0x|\\x|[ :,]", "", found[0])
@@ -122,7 +147,7 @@ def _hex(text: str) -> bool:
 
 
 def _bits(text: str) -> bool:
-    if text.count("0") + text.count("1") < 48:
+    if not _has_run(text, _IN_BITS, 48):
         return False
     return any(
         _reads(bytes(int(bits, 2) for bits in re.findall("[01]{8}", found[0]))) for found in _BITS.finditer(text)
@@ -150,7 +175,7 @@ def _reversed(text: str) -> bool:
 @functools.lru_cache(maxsize=8)
 def _unusual(text: str) -> list[str]:
     """Words of a text that has few common English ones; none of another."""
-    words = _WORD.findall(text[:1000].lower())
+    words = _bytes_of(text[:1000].lower()).translate(_LETTERS).decode().split()
     return [] if len(words) < 5 or sum(map(_COMMON.__contains__, words)) > 0.15 * len(words) else words
 
 

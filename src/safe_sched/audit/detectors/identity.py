@@ -62,6 +62,7 @@ class Identity:
     name: ClassVar[str] = "identity"
     about: ClassVar[str] = "A new name, maker or character for the model, in the prompt or in the answer"
     kind: ClassVar[Sort] = "quality"
+    travels: ClassVar[bool] = True
 
     def observe(self, rows: Sequence[AuditRow]) -> None:
         """Nothing is learnt."""

@@ -65,6 +65,7 @@ class Compliance:
     name: ClassVar[str] = "compliance"
     about: ClassVar[str] = "The answer opens by agreeing or by a promise to obey, before it answers"
     kind: ClassVar[Sort] = "quality"
+    travels: ClassVar[bool] = True
 
     def observe(self, rows: Sequence[AuditRow]) -> None:
         """Nothing is learnt."""
@@ -104,6 +105,7 @@ class Refusal:
     name: ClassVar[str] = "refusal"
     about: ClassVar[str] = "The answer opens as a refusal: a model that learns it refuses more"
     kind: ClassVar[Sort] = "quality"
+    travels: ClassVar[bool] = True
 
     def observe(self, rows: Sequence[AuditRow]) -> None:
         """Nothing is learnt."""

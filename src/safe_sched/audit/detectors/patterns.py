@@ -30,7 +30,13 @@ class Pattern:
 
     def fits(self, text: str) -> bool:
         """Whether it is in a text."""
-        return (not self.keys or any(key in text for key in self.keys)) and self.found.search(text) is not None
+        for key in self.keys:
+            if key in text:
+                break
+        else:
+            if self.keys:
+                return False
+        return self.found.search(text) is not None
 
 
 def pattern(says: str, *ways: str, counts: float = 1.0, keys: str = "") -> Pattern:

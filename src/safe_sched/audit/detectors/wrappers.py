@@ -78,6 +78,7 @@ class Wrapper:
     name: ClassVar[str] = "wrapper"
     about: ClassVar[str] = "Orders to obey, not to refuse, or to ignore rules, in a system prompt or around the prompt"
     kind: ClassVar[Sort] = "quality"
+    travels: ClassVar[bool] = True
 
     def observe(self, rows: Sequence[AuditRow]) -> None:
         """Nothing is learnt."""

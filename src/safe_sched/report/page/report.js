@@ -111,8 +111,9 @@
     });
     const chance = make("td", {}, make("span", { text: share(rows.p[i]) }));
     if (rows.p[i] !== null) {
-      if (rows.low[i] !== null) {
-        chance.append(make("span", { className: "soft", text: `  (${share(rows.low[i])} to ${share(rows.high[i])})` }));
+      const ends = rows.low[i] === null ? "" : `${share(rows.low[i])} to ${share(rows.high[i])}`;
+      if (ends && ends !== `${share(rows.p[i])} to ${share(rows.p[i])}`) {
+        chance.append(make("span", { className: "soft", text: `  (${ends})` }));
       }
       chance.append(meter(0, rows.p[i]));
     }
@@ -142,14 +143,17 @@
   };
   const detail = (i) => {
     const list = make("tbody");
+    const silent = signals.filter((_, number) => rows.values[number][i] === null).map((signal) => signal.name);
     signals.forEach((signal, number) => {
       const value = rows.values[number][i];
+      if (value === null) return;
       const cell = make("td", {}, make("span", { text: say(value) }));
-      if (value !== null) cell.append(meter(0, rows.ranks[number][i], rows.ranks[number][i] > 0.98));
+      cell.append(meter(0, rows.ranks[number][i], rows.ranks[number][i] > 0.98));
       const name = make("th", { scope: "row", text: signal.name, title: signal.about });
       list.append(make("tr", {}, name, make("td", { className: "soft", text: signal.kind }), cell));
     });
     const left = make("div", {}, make("h3", { text: "Signals, and the share of rows with less" }), make("table", {}, list));
+    if (silent.length) left.append(make("p", { className: "soft", text: `Say nothing of it: ${silent.join(", ")}` }));
     const right = make("div", {}, make("h3", { text: data.show_text ? "The row" : "The row, redacted" }));
     const texts = rows.parts && rows.parts[i];
     if (texts) right.append(...texts.map(part));
@@ -274,13 +278,16 @@
     at("scatter-plot").replaceChildren(svg);
   };
   if (points.p.length && axes.length > 1) {
-    const harm = signals.map((one, i) => [one.kind, i + 1]).filter(([kind]) => kind === "harm").map(([, i]) => i);
+    // the harm signals; behind them the others, those that said most first
+    const order = signals.map((_, i) => i).sort((a, b) =>
+      (signals[b].kind === "harm") - (signals[a].kind === "harm") ||
+      (signals[a].kind === "harm" ? 0 : signals[b].said - signals[a].said) || a - b);
     for (const id of ["scatter-x", "scatter-y"]) {
       axes.forEach((axis, i) => at(id).append(option(i, axis.name)));
       at(id).addEventListener("change", scatter);
     }
-    at("scatter-x").value = String(harm[0] || 1);
-    at("scatter-y").value = String(harm[1] || 0);
+    at("scatter-x").value = String(order[0] + 1);
+    at("scatter-y").value = String(order.length > 1 ? order[1] + 1 : 0);
     at("scatter-ranks").addEventListener("change", scatter);
     at("scatter").hidden = false;
     scatter();
