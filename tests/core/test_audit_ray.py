@@ -97,6 +97,7 @@ def fitted(**options: Any) -> Length:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 class TestWithRay:
+    @pytest.mark.slow_sample
     def test_the_audit_is_the_same_in_one_process_and_with_ray(self, ray: Any) -> None:
         one = audit(ROWS, detectors=[Length()], shard_rows=20)
         other = audit(ROWS, detectors=[Length()], shard_rows=20, engine=RayEngine(workers=2))
