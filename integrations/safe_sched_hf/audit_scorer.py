@@ -9,7 +9,6 @@ import jinja2
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from safe_sched.audit.rows import AuditRow
 from safe_sched.audit.signals import Evidence, Sort
@@ -23,6 +22,7 @@ from safe_sched_hf.audit_model import AlignedModel
 from safe_sched_hf.audit_prompts import complying, safety_of
 from safe_sched_hf.features import EncoderFeatures, _hidden_features
 from safe_sched_hf.losses import _device
+from safe_sched_hf.named_tokenizer import tokenizer
 from safe_sched_hf.safety import _tokenize
 
 
@@ -77,7 +77,8 @@ class SavedScorer:
     def known(self) -> np.ndarray | None:
         """Of safety prompts with an inert compliance."""
         rows = safety_of(self.request.safety_rows or core_rows())
-        return self.score([complying(row, i) for i, row in enumerate(rows)]).value
+        value = self.score([complying(row, i) for i, row in enumerate(rows)]).value
+        return value[~np.isnan(value)]  # one that cannot be scored is no ordinary row either
 
     def settings(self) -> dict[str, object]:
         return {"scorer": self.scorer.digest(), "model": self.request.model, "max_length": self.request.max_length}
@@ -87,8 +88,7 @@ class SavedScorer:
     def _load_encoder(self) -> EncoderFeatures:
         if self._encoder is None:
             name = str(self.request.model)
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            self._encoder = EncoderFeatures(name, tokenizer, _device(self.request.device))
+            self._encoder = EncoderFeatures(name, tokenizer(name), _device(self.request.device))
         return self._encoder
 
     def _texts(self, rows: Sequence[AuditRow]) -> tuple[Tensor, list[str | None]]:

@@ -2,6 +2,7 @@
 
 python -m tests.core.ranked FOLDER          writes FOLDER/found.json and FOLDER/found.parquet in the first process
 python -m tests.core.ranked FOLDER killed   an audit in whose course the second process is killed
+python -m tests.core.ranked FOLDER held     an audit with a row that cannot be sent
 """
 
 from __future__ import annotations
@@ -82,6 +83,13 @@ def killed(folder: Path) -> None:
             audit(ROWS, detectors=[told("killed")], shard_rows=SHARD, engine=engine, out=folder / "out")
 
 
+def held(folder: Path) -> None:
+    rows = [*ROWS[:50], {**ROWS[0], "made by": lambda: 1}]
+    with ranks() as engine:
+        if engine is not None:
+            audit(rows, detectors=[told()], shard_rows=SHARD, engine=engine)
+
+
 def together(*words: str, size: int = 2, wait: float = 120) -> list[Done]:
     """A module in several processes, started as a launcher would."""
     with socket.socket() as free:
@@ -119,4 +127,4 @@ if __name__ == "__main__":
     # the classes under the name by which the other process knows them
     from tests.core import ranked
 
-    (ranked.killed if sys.argv[2:] == ["killed"] else ranked.several)(Path(sys.argv[1]))
+    {"killed": ranked.killed, "held": ranked.held}.get(sys.argv[-1], ranked.several)(Path(sys.argv[1]))

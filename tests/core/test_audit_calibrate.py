@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtri
 
-from safe_sched.audit.calibrate import SHARE_LEVEL, Calibration, calibrate
+from safe_sched.audit.calibrate import SHARE_LEVEL, Calibration, _elsewhere, calibrate
 from safe_sched.audit.density import fit_mixture
 
 ROWS = 2000
@@ -30,6 +30,15 @@ def share_of(fitted: Calibration, values: dict[str, np.ndarray]) -> tuple[float,
     tail = (1 - SHARE_LEVEL) / 2
     low, high = np.quantile(sums[1:], [tail, 1 - tail])
     return float(sums[0]), float(low), float(high)
+
+
+def test_known_rows_move_by_a_third_of_their_spread_beside_chance() -> None:
+    """Var(mean) = s^2 / n + (0.3 s)^2, for n rows of the spread s."""
+    rng = np.random.default_rng(0)
+    known = 2.0 * rng.normal(size=100) + 5.0
+    means = np.array([np.mean(np.asarray(_elsewhere(known, rng))) for _ in range(4000)])
+    assert means.mean() == pytest.approx(known.mean(), abs=0.05)
+    assert means.var() == pytest.approx(known.var() * (1 / 100 + 0.09), rel=0.1)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import html
 import json
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from safe_sched.audit import audit
 from safe_sched.audit.findings import COLUMNS
 from safe_sched.cli import app
+from safe_sched.errors import StateError
 from safe_sched.files import open_rows
 from safe_sched.rows import core_rows
 
@@ -109,6 +111,21 @@ def test_the_same_kind_comes_out(ending: str, here: Path) -> None:
     again = read(f"found/rows.{ending}")
     own = read(f"t.{ending}")
     assert [{name: row[name] for name in own[0]} for row in again] == own
+
+
+def test_rows_that_are_not_those_of_the_findings_are_not_written(here: Path) -> None:
+    from safe_sched.audit.inputs import Rows, opened_sources
+    from safe_sched.audit.output import write_rows
+
+    findings = audit("clean.jsonl")
+    with contextlib.ExitStack() as stack:
+        for sources in ([Rows(ROWS)], opened_sources("train.jsonl", stack)):
+            with pytest.raises(StateError, match="the input changed since it was audited"):
+                write_rows(findings, sources, "out.jsonl")
+        Path("clean.jsonl").write_bytes(lines(ROWS[:299]))
+        with pytest.raises(StateError, match="the input changed since it was audited"):
+            write_rows(findings, opened_sources("clean.jsonl", stack), "out.jsonl")
+    assert not Path("out.jsonl").exists()
 
 
 def test_types_of_columns_are_kept(here: Path) -> None:
@@ -246,6 +263,34 @@ def test_the_next_line_repeats_what_decides_on_the_numbers(here: Path) -> None:
     then = shlex.join(typed_next(result.stdout))
     assert then.startswith("safe-sched export train.jsonl found/findings.parquet --threshold 0.7")
     assert then in html.unescape(Path("found/report.html").read_text())  # the page says the same
+
+
+def test_rows_at_the_threshold_are_taken_out_as_well(here: Path) -> None:
+    """With labels, the most suspicious rows are harmful with probability 1, which is as high as a threshold goes."""
+    Path("labelled.jsonl").write_bytes(lines([{**row, "bad": int(row["id"] % 10 == 9)} for row in ROWS]))
+    words = typed_next(run("labelled.jsonl", "--labels", "bad", "--threshold", "1", "--out", "found").stdout)
+    assert CliRunner().invoke(app, words[1:]).exit_code == 0
+    flagged = [row["id"] for row in read("found/rows.jsonl") if row["safe_sched.is_harmful_issue"]]
+    assert len(flagged) >= 20
+    assert [row["id"] for row in read("removed.jsonl")] == flagged
+
+
+def test_a_share_of_rows_is_counted_as_on_paper() -> None:
+    """7 % of 100 rows are 7 rows, though 0.07 * 100 is above 7 in binary."""
+    from safe_sched.cli.audit import _limit_of
+
+    for percent in range(1, 101):
+        fails = _limit_of(f"{percent}%")
+        assert [fails(flagged, 100) for flagged in (percent - 1, percent)] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "findings.parquet", "summary.json", "report.html"])
+def test_files_of_somebody_else_are_not_written_over(name: str, here: Path) -> None:
+    Path(name).write_text("mine")
+    result = run("train.jsonl", "--out", ".", "--report", "html")
+    assert (result.exit_code, Path(name).read_text()) == (2, "mine")
+    assert f"{name} is there and . holds no audit" in result.stderr
+    assert not Path("audit.json").exists()
 
 
 def test_quiet_says_nothing(here: Path) -> None:

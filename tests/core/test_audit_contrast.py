@@ -141,6 +141,25 @@ def test_sums_are_those_of_the_rows():
     assert sums.shape == (1 + len(found.curves),)
 
 
+def test_what_became_of_a_models_signals_is_said():
+    values = {"text": TEXT, "model": normal(0, ROWS), "other": normal(0, ROWS)}
+    sides = ({**KNOWN, "model": normal(3, 40), "other": normal(-3, 40)}, {**HARMLESS})
+    sides[1].update(model=normal(0, 40), other=normal(0, 40))
+    about = calibrate(values, *sides, absolute=["model", "other"]).about
+    assert about.endswith(
+        "; then model, by what known rows have of them; without other: known rows are not told apart by it"
+    )
+    assert calibrate(values, KNOWN, HARMLESS, absolute=["model", "other"]).about.endswith(
+        "; without model and other: known rows are not told apart by it"
+    )
+
+
+def test_the_strongest_signal_is_the_one_that_adds_most():
+    contrast = Contrast(("x", "y", "z"), np.zeros(3), np.ones(3), np.array([1.0, 0.5, 2.0]), 0.0, 4.0)
+    values = {"x": np.array([1.0, 1.0]), "y": np.array([1.5, 4.0]), "z": np.full(2, np.nan)}
+    assert [contrast.strongest(values, place) for place in (0, 1)] == ["x", "y"]
+
+
 def test_with_labels_all_signals_are_in_the_score():
     values = {"text": RNG.normal(size=400), "model": np.where(np.arange(400) % 4 == 0, 2.0, -2.0)}
     labels = np.where(np.arange(400) % 4 == 0, 1.0, 0.0)

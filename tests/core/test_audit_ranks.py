@@ -64,6 +64,16 @@ def test_two_processes_score_together_what_one_does_and_raise_what_one_would(tmp
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
+def test_a_row_that_cannot_be_sent_ends_all_processes(tmp_path: Path) -> None:
+    """Those that wait for their share of it must not wait for ever."""
+    first, second = together("tests.core.ranked", str(tmp_path), "held")
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert "PluginError: a detector or a row cannot be sent to other processes" in first.stderr
+    assert "PluginError: another process of the launcher is gone" in second.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
 def test_a_process_that_is_killed_stops_the_audit_and_what_is_scored_is_kept(tmp_path: Path) -> None:
     first, second = together("tests.core.ranked", str(tmp_path), "killed")
     assert second.returncode == -9

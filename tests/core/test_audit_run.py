@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import safe_sched.audit
-from safe_sched.audit import Evidence, Findings, audit, audit_row
+from safe_sched.audit import Evidence, Findings, audit, audit_row, passes
 from safe_sched.audit.findings import COLUMNS
 from safe_sched.errors import DataError, OptionError, PluginError, StateError, UnscoredError
 from safe_sched.export import export
@@ -108,6 +108,89 @@ def test_a_limit_is_the_file_cut_there() -> None:
     findings = run(ROWS, limit=50)
     assert findings.table.equals(run(ROWS[:50]).table)
     assert findings.summary.limited == 50
+
+
+def test_what_stands_behind_a_limit_is_not_looked_at(tmp_path: Path) -> None:
+    """Also where the schema is decided by rows from behind it, and where it ends just before a bad line."""
+    file = write(tmp_path / "rows.jsonl", ROWS[:20])
+    with open(file, "a") as more:
+        more.write("no row\n")
+    write(tmp_path / "more.jsonl", ROWS[20:40])
+    for limit in (5, 20):
+        summary = run([file, tmp_path / "more.jsonl"], limit=limit).summary
+        assert (summary.rows, summary.bad_rows, summary.coverage) == (limit, 0, 1.0)
+    summary = run([file, tmp_path / "more.jsonl"], limit=21).summary  # control: behind it stands a row that is wanted
+    assert (summary.rows, summary.bad_rows) == (21, 1)
+
+
+class Overlaps(Counts):
+    """Not all rows with the word stand above all others."""
+
+    def value(self, row: Any) -> float:
+        return super().value(row) + 3 * math.sin(row.number)
+
+
+def test_a_sample_for_the_calibration_does_not_depend_on_the_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(ROWS, detectors=[Overlaps()]).table
+    monkeypatch.setattr(passes, "SAMPLE", 70)
+    some = run(ROWS, detectors=[Overlaps()]).table
+    assert not some.equals(whole)  # control: it is a sample
+    for cut in (7, 64):
+        assert run(ROWS, detectors=[Overlaps()], shard_rows=cut).table.equals(some)
+
+
+def test_all_labels_count_in_a_large_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "SAMPLE", 70)
+    labels = [int(WORD in row["prompt"]) if number % 2 else None for number, row in enumerate(ROWS)]
+    assert run(ROWS, labels=labels).summary.calibration == "isotonic regression on 150 labelled rows"
+
+
+class Ends:
+    """Rows of which fewer are there when they are scored; the first look is whether they can be read twice."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __iter__(self) -> Any:
+        self.times += 1
+        return iter(ROWS if self.times <= 2 else ROWS[:200])
+
+
+def test_a_file_that_got_shorter_is_noticed_also_between_two_shards() -> None:
+    with pytest.raises(StateError, match="the input changed while it was read"):
+        run(Ends(), shard_rows=50)
+
+
+class Asks(Counts):
+    """What a model says: of the first row, that it is harmful; and nothing in words."""
+
+    name = "asks"
+    absolute: ClassVar[bool] = True
+
+    def score(self, rows: Any) -> Evidence:
+        nothing = [None] * len(rows)
+        return Evidence(np.array([9.0 if row.number == 0 else -9.0 for row in rows], np.float32), nothing, nothing)
+
+    def known(self) -> np.ndarray:
+        return np.linspace(8, 10, 60, dtype=np.float32)
+
+    def known_harmless(self) -> np.ndarray:
+        return np.linspace(-10, -8, 60, dtype=np.float32)
+
+
+def test_a_row_that_a_model_alone_speaks_against_says_so() -> None:
+    """Control: the signal that the row's score owes most to, which its probability does not."""
+    found = run(ROWS, detectors=[Counts(), Asks()]).table.slice(0, 1).to_pylist()[0]
+    assert (found["is_harmful_issue"], found["reason"]) == (True, "high asks")
+    assert not run(ROWS, detectors=[Counts()]).table["is_harmful_issue"][0].as_py()
+
+
+def test_labels_of_rows_that_cannot_be_read_are_not_missed(tmp_path: Path) -> None:
+    rows = [{**row, "harmful": int(WORD in row["prompt"])} for row in ROWS]
+    rows[7] = {"id": 7}
+    findings = run(write(tmp_path / "rows.jsonl", rows), labels="harmful")
+    assert findings.summary.calibration == "isotonic regression on 299 labelled rows"
+    assert findings.summary.scored == 299
 
 
 # what is read -------------------------------------------------------------------------------------------------------
@@ -217,6 +300,8 @@ def test_with_labels_the_probability_is_the_share_of_labelled_rows_with_that_sco
         ("harmful", "row 0 has no column 'harmful'"),
         ([1] * 5 + [0] * 5 + [None] * 290, "10 rows have a label, 5 of them harmful; needed: at least 20"),
         ([0] * 300, "300 rows have a label, 0 of them harmful"),
+        ([None] * 300, "labels= was given, and no row has a label"),
+        ([0, 1] * 200, "there are 400 labels for 300 rows"),
     ],
 )
 def test_labels_that_cannot_be_used(labels: Any, match: str) -> None:
@@ -225,6 +310,16 @@ def test_labels_that_cannot_be_used(labels: Any, match: str) -> None:
 
 
 # options, detectors -------------------------------------------------------------------------------------------------
+
+
+def test_without_a_signal_of_harm_there_is_nothing_to_say() -> None:
+    with pytest.raises(OptionError, match="none of the detectors is of kind 'harm'"):
+        run(ROWS, detectors=[Long()])
+
+
+def test_a_model_beside_detectors_is_not_left_out_in_silence() -> None:
+    with pytest.raises(OptionError, match="model='a model' asks a model, and detectors= leaves its signals out"):
+        run(ROWS, model="a model")
 
 
 @pytest.mark.parametrize("threshold", [0, -1, 1.1, math.nan, "high"])
@@ -253,6 +348,10 @@ def test_a_detector_that_breaks_its_word_is_named() -> None:
         run(ROWS, detectors=[Odd(0, 2)])
     with pytest.raises(PluginError, match="'word' gave an infinite value"):
         run(ROWS, detectors=[Odd(math.inf, 300)])
+    endless = Counts()
+    endless.known = lambda: np.array([1.0, math.inf], np.float32)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(PluginError, match="'word' gave known rows of the shape \\(2,\\), or an infinite value"):
+        run(ROWS, detectors=[endless])
     with pytest.raises(OptionError, match="two detectors are named 'word'"):
         run(ROWS, detectors=[Counts(), Counts()])
     taken = Counts()

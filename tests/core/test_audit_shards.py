@@ -83,14 +83,17 @@ def test_a_shard_that_is_not_whole_counts_as_absent(how: str, ending: str, tmp_p
     assert again.scored == list(range(3 * SIZE, 4 * SIZE))
 
 
-def test_files_of_a_run_that_had_not_begun_are_not_trusted(tmp_path: Path) -> None:
-    other = run(tmp_path / "other", rows=some_rows(200, every=3)).table
+@pytest.mark.parametrize("resume", [True, False])
+def test_files_that_are_no_audits_are_neither_trusted_nor_touched(resume: bool, tmp_path: Path) -> None:
+    """A data set may well stand in a folder of that name, beside which its audit is to be written."""
     run(tmp_path / "this")
-    (tmp_path / "other" / "audit.json").unlink()
-    for file in (tmp_path / "this" / "shards").iterdir():
-        (tmp_path / "other" / "shards" / file.name).write_bytes(file.read_bytes())
-    again = run(tmp_path / "other", rows=some_rows(200, every=3), resume=True)
-    assert again.table.equals(other)
+    (tmp_path / "this" / "audit.json").rename(tmp_path / "gone.json")
+    before = {file: file.read_bytes() for file in (tmp_path / "this" / "shards").iterdir()}
+    assert before
+    with pytest.raises(OptionError, match=r"shards/.* belongs to no audit, for .* holds no audit\.json"):
+        run(tmp_path / "this", resume=resume)
+    assert {file: file.read_bytes() for file in (tmp_path / "this" / "shards").iterdir()} == before
+    assert not (tmp_path / "this" / "audit.json").exists()
 
 
 # what shards belong to ----------------------------------------------------------------------------------------------
@@ -118,6 +121,15 @@ def test_shards_of_another_input_or_other_settings_are_not_gone_on_with(
         run(tmp_path, resume=True, **options)
 
 
+def test_the_same_rows_of_another_file_are_another_input(tmp_path: Path) -> None:
+    """Findings name the place of every row."""
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run(tmp_path / "out", tmp_path / "a.jsonl")
+    with pytest.raises(StateError, match="made from other rows: shard 0 differs"):
+        run(tmp_path / "out", tmp_path / "b.jsonl", resume=True)
+
+
 def test_a_folder_with_an_audit_is_not_written_over(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(OptionError, match="holds an audit already; go on with it \\(--resume\\), or name another"):
@@ -127,9 +139,10 @@ def test_a_folder_with_an_audit_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match="cannot be written"):
         run(tmp_path / "file")
-    (tmp_path / "audit.json").write_text("{")
-    with pytest.raises(StateError, match="audit.json is damaged"):
-        run(tmp_path, resume=True)
+    for damaged in ("{", '{"settings": [1], "digests": []}', "[" * 100_000):
+        (tmp_path / "audit.json").write_text(damaged)
+        with pytest.raises(StateError, match="audit.json is damaged"):
+            run(tmp_path, resume=True)
 
 
 def test_a_missing_shard_is_an_error_and_no_gap(tmp_path: Path) -> None:

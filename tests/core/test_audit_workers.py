@@ -153,6 +153,24 @@ def test_a_detector_that_cannot_be_sent_is_named() -> None:
     assert not children()
 
 
+def test_rows_that_cannot_be_sent_are_named() -> None:
+    rows = [{**row, "made by": (lambda: 1) if number == 40 else None} for number, row in enumerate(ROWS)]
+    with pytest.raises(DataError, match="the rows of shard 1 cannot be sent to other processes: .*processes=1"):
+        audit(rows, detectors=[Far()], processes=2, shard_rows=32)
+    assert not children()
+    assert audit(rows, detectors=[Far()], processes=1, shard_rows=32).summary.rows == 300
+
+
+def test_nothing_of_the_working_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data that were fetched from somewhere may stand beside a file with the name of a module."""
+    for name in ("json", "pickle", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one])
+    assert run([Far()]).summary.rows == 300
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("rows", "cores", "started"), [(299, 2, 0), (300, 2, 2), (300, 1, 0), (300, 64, 4)])
 def test_processes_are_started_where_that_pays(
     rows: int, cores: int, started: int, monkeypatch: pytest.MonkeyPatch

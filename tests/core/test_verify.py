@@ -223,6 +223,26 @@ def test_a_checkpoint_of_an_older_defended_run_is_seen(tmp_path: Path) -> None:
     assert verify(tmp_path).defended
 
 
+def test_a_checkpoint_from_beyond_the_end_of_the_run_is_seen(tmp_path: Path) -> None:
+    """Of the same run, before it was resumed and ended earlier: its model is not one that this manifest tells of."""
+    whole(tmp_path, steps=3)
+    again = Run(tmp_path, resumed_from=tmp_path / "checkpoint-1")
+    again.step()
+    again.end()
+    names, words = against(tmp_path)
+    assert names == ["checkpoints"]
+    assert words == "checkpoint-3: its state is that of step 3, and the run had 2"
+
+
+def test_a_checkpoint_that_lost_its_trainer_state_is_seen(tmp_path: Path) -> None:
+    """Without it there is nothing to tell that the weights beside our state are those of its step."""
+    whole(tmp_path)
+    (tmp_path / "checkpoint-1" / TRAINER_STATE).unlink()
+    names, words = against(tmp_path)
+    assert names == ["checkpoints"]
+    assert "trainer_state.json is missing or of another step" in words
+
+
 def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     """Killed after a step, resumed: the checkpoints from before belong to it."""
     killed = Run(tmp_path)

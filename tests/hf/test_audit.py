@@ -591,6 +591,10 @@ def test_what_cannot_be_used_is_an_error(tmp_path: Path) -> None:
         model_detectors(AuditRequest(SAFETY, folder, adapter=str(tmp_path / "empty")))
     with pytest.raises(StateError, match="no scorer at"):
         model_detectors(AuditRequest(SAFETY, folder, scorer=str(tmp_path / "none.safetensors")))
+    scorer = Scorer(Head("linear", 64, 2.0), "encoder", torch.randn(65, 3), torch.zeros(64), torch.ones(64), 100)
+    scorer.save(tmp_path / "scorer.safetensors")
+    with pytest.raises(ModelError, match="cannot be loaded as a tokenizer"):
+        model_detectors(AuditRequest(SAFETY, str(tmp_path / "empty"), scorer=str(tmp_path / "scorer.safetensors")))
     with pytest.raises(DataError, match="no safety row has a prompt and a refusal"):
         model_detectors(AuditRequest([{"text": "w1 w2"}], folder))[0].ready()
 

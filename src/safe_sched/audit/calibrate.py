@@ -152,10 +152,11 @@ def calibrate(
     known_rows = labels is not None and ~np.isnan(labels)
     labelled = labels is not None and bool(np.any(known_rows))
     named_apart = set(absolute)
-    contrast, apart = None, [name for name in values if name in named_apart]
+    contrast, told, apart = None, "", [name for name in values if name in named_apart]
     if len(apart) < len(values) and not labelled:  # with labels, or with nothing beside them, they are in the score
         sides = [{name: one[name] for name in apart if name in one} for one in (known, harmless or {})]
         contrast = Contrast.of(*sides)
+        told = _told(apart, () if contrast is None else contrast.used)
         values, known, harmless = (
             {name: value for name, value in one.items() if name not in apart} for one in (values, known, harmless or {})
         )
@@ -185,10 +186,14 @@ def calibrate(
         drawn = rng.multinomial(int(counts.sum()), counts / counts.sum()).astype(float) if counts.sum() else counts
         moved = [_elsewhere(end, rng) for end in ends]
         curves[number] = fit_mixture(grid, drawn, *moved, start=mixture).chance()
-    about = mixture.about()
-    if contrast is not None:
-        about += f"; then {' and '.join(contrast.names)}, by what known rows have of them"
-    return Calibration(scales, named, grid, mixture.chance(), curves, about, contrast)
+    return Calibration(scales, named, grid, mixture.chance(), curves, mixture.about() + told, contrast)
+
+
+def _told(apart: Iterable[str], used: Iterable[str]) -> str:
+    """What became of the signals that are not in the score, in words."""
+    left = [name for name in apart if name not in used]
+    with_them = f"; then {' and '.join(used)}, by what known rows have of them" if used else ""
+    return with_them + (f"; without {' and '.join(left)}: known rows are not told apart by it" if left else "")
 
 
 def _elsewhere(known: np.ndarray | None, rng: np.random.Generator) -> np.ndarray | None:

@@ -68,6 +68,16 @@ class Contrast:
             return None
         return Contrast(names, middle, spread, slopes, offset, float(np.log(2 * min(len(one), len(none)))))
 
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The signals that count."""
+        return tuple(name for name, slope in zip(self.names, self.slopes, strict=True) if slope > 0)
+
+    def strongest(self, values: Mapping[str, np.ndarray], place: int) -> str:
+        """The signal that speaks most for harm in one of some rows."""
+        z = (np.array([values[name][place] for name in self.names], float) - self.middle) / self.spread
+        return self.names[int(np.argmax(np.nan_to_num(z * self.slopes, nan=-np.inf)))]
+
     def log_odds(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """L of some rows, float64 (rows,): nan where none of the signals says anything."""
         x = np.array([values[name] for name in self.names], float).T

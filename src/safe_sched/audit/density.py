@@ -84,8 +84,9 @@ class Mixture:
             return "no second group of rows stands out"
         if not self.anchored:
             return f"{len(self.means) - 1} harmless and one harmful component, without known rows"
+        ordinary = len(self.means) - self.anchored
         return (
-            f"{len(self.means) - self.anchored} components of ordinary rows, "
+            f"{ordinary} component{'s' * (ordinary != 1)} of ordinary rows, "
             f"{'one of harmless rows that sound harmful, ' * (self.anchored - 1)}and one of harmful rows, anchored at "
             "the safety set"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
@@ -43,6 +43,17 @@ class Shard:
     number: int
     entries: Sequence[Entry]
     labels: np.ndarray
+
+
+def light(shard: Shard) -> Shard:
+    """A shard without the tokenizer that its rows were read with, which may be large, and has done its work."""
+    if not any(isinstance(one, AuditRow) and one.example.tokenizer is not None for one in shard.entries):
+        return shard
+    entries = [
+        replace(one, example=replace(one.example, tokenizer=None)) if isinstance(one, AuditRow) else one
+        for one in shard.entries
+    ]
+    return Shard(shard.number, entries, shard.labels)
 
 
 class Engine(Protocol):

@@ -65,6 +65,7 @@ class Inputs:
         bad_rows: What could not be read in the last pass: lines that are no rows, and rows of no known schema.
         bad_lines: Those of them that are no rows, so that they have no number.
         bad: The first of them, by name.
+        limit: How many rows there are at most, or None.
     """
 
     def __init__(
@@ -75,7 +76,8 @@ class Inputs:
         self.sources = list(sources)
         self.bad_rows = self.bad_lines = 0
         self.bad: list[Bad] = []
-        self._schema, self._limit, self._tokenizer = schema, limit, tokenizer
+        self.limit = limit
+        self._schema, self._tokenizer = schema, tokenizer
 
     def __iter__(self) -> Iterator[Entry]:
         """The rows, from the first one on.
@@ -87,11 +89,11 @@ class Inputs:
         self.bad = []
         number = 0
         for source in self.sources:
-            for where, row, schema in self._of(source):
-                if number == self._limit:
-                    return
+            for where, row, schema in self._of(source, None if self.limit is None else self.limit - number):
                 yield self._entry(row, number, where, schema)
                 number += 1
+            if number == self.limit:
+                return
 
     def shards(self, size: int) -> Iterator[list[Entry]]:
         """The rows in runs of a fixed size; the last one may be shorter."""
@@ -99,9 +101,9 @@ class Inputs:
         while shard := list(itertools.islice(rows, size)):
             yield shard
 
-    def _of(self, source: Source) -> Iterator[tuple[str, Mapping[str, Any] | DataError, str | None]]:
+    def _of(self, source: Source, most: int | None) -> Iterator[tuple[str, Mapping[str, Any] | DataError, str | None]]:
         """Rows of one source with their schema, which its first rows decide; or why a row has none."""
-        rows = self._good(source)
+        rows = itertools.islice(self._good(source), most)  # what stands behind the last one is not even looked at
         first = list(itertools.islice(rows, LOOKED_AT))
         schema = self._schema or source.schema or _schema_of([row for _, row in first], source.name)
         if schema == "tokens" and self._tokenizer is None:

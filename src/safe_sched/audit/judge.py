@@ -45,7 +45,8 @@ class Judge:
         self._sums += self.calibration.sums(score[read], None if added is None else added[read])
         self._scored += int(read.sum())
         flagged = p >= self.threshold
-        reasons, groups = self._words(scores, flagged & read, values)
+        tipped = flagged & (self.calibration.chances(score)[0] < self.threshold)  # by what is not in the score
+        reasons, groups = self._words(scores, flagged & read, tipped, values)
         for place in np.flatnonzero(silent).tolist():
             reasons[place] = "; ".join(filter(None, (reasons[place], _SILENT)))
         columns = [
@@ -61,7 +62,7 @@ class Judge:
         return pa.table(columns, schema=schema_of(self.detectors))
 
     def _words(
-        self, scores: pa.Table, flagged: np.ndarray, values: dict[str, np.ndarray]
+        self, scores: pa.Table, flagged: np.ndarray, tipped: np.ndarray, values: dict[str, np.ndarray]
     ) -> tuple[list[str | None], list[str | None]]:
         reasons: list[list[str]] = [[] for _ in range(scores.num_rows)]
         groups: list[str | None] = [None] * scores.num_rows
@@ -78,11 +79,13 @@ class Judge:
                 reasons[place].append(f"not scored: {why}")
         for place in np.flatnonzero(flagged).tolist():
             if not reasons[place]:
-                reasons[place].append(f"high {self._highest(values, place)}")
+                reasons[place].append(f"high {self._highest(values, place, tipped[place])}")
         return ["; ".join(texts) or None for texts in reasons], groups
 
-    def _highest(self, values: dict[str, np.ndarray], place: int) -> str:
-        """The signal that a row's score owes most to."""
+    def _highest(self, values: dict[str, np.ndarray], place: int, tipped: bool) -> str:
+        """The signal that a row's probability owes most to."""
+        if tipped and self.calibration.contrast is not None:
+            return self.calibration.contrast.strongest(values, place)
         weights, scales = self.calibration.weights, self.calibration.scales
         return max(weights, key=lambda name: weights[name] * float(scales[name](values[name][place : place + 1])[0]))
 

@@ -23,6 +23,15 @@ class KnownLabels:
     def __init__(self, labels: Labels | None) -> None:
         self._labels = labels
 
+    def require(self, rows: int, known: int, limit: int | None) -> None:
+        """Raise a `DataError` where labels were given that say nothing, or more of them than there are rows."""
+        if self._labels is None:
+            return
+        if not isinstance(self._labels, str) and len(self._labels) > rows and limit is None:
+            raise DataError(f"there are {len(self._labels)} labels for {rows} rows; give one per row, or None")
+        if not known:
+            raise DataError("labels= was given, and no row has a label; label some rows, or leave labels out")
+
     def of(self, entries: Sequence[Entry]) -> np.ndarray:
         """Float32 (entries,): 1, 0, or nan where nothing is known.
 
@@ -38,7 +47,12 @@ def _one(entry: Entry, labels: Labels) -> float:
     if isinstance(labels, str):
         row = entry.example.row if isinstance(entry, AuditRow) else entry.row
         if labels not in row:
-            raise DataError(f"{entry.where} has no column {labels!r}, which labels= names")
+            if not isinstance(entry, AuditRow):
+                return math.nan  # it has no number either
+            raise DataError(
+                f"{entry.where} has no column {labels!r}, which labels= names. Where a trainer's own file describes "
+                "the data, only the columns that are trained on are read: name the data file itself"
+            )
         value = row[labels]
     else:
         if entry.number >= len(labels):

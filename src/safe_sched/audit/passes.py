@@ -18,7 +18,7 @@ from safe_sched.audit.labels import KnownLabels
 from safe_sched.audit.rows import AuditRow
 from safe_sched.audit.shards import Shards
 from safe_sched.audit.signals import Anchored, Contrasted, Detector, absolute
-from safe_sched.errors import DataError, StateError
+from safe_sched.errors import DataError, PluginError, StateError
 
 SAMPLE = 200_000
 """Rows that the calibration is fitted to, at most; evenly spread ones of larger inputs."""
@@ -29,7 +29,7 @@ def observe(
 ) -> tuple[int, list[str]]:
     """The first pass: how many rows there are, and a digest of the rows of every shard."""
     clock.stage("reading", None)
-    rows, digests = 0, []
+    rows, known, digests = 0, 0, []
     for entries in inputs.shards(size):
         readable = [entry for entry in entries if isinstance(entry, AuditRow)]
         if readable:
@@ -38,8 +38,12 @@ def observe(
         rows += len(entries)
         if isinstance(engine, LocalEngine):
             engine.prepare(found, rows)
-        digests.append(_digest(entries, labels.of(entries)))
+        told = labels.of(entries)
+        known += int(np.count_nonzero(~np.isnan(told)))
+        digests.append(_digest(entries, told))
         clock.show(rows)
+    if rows:
+        labels.require(rows, known, inputs.limit)
     clock.stage("fitting", None)
     for detector in found:
         detector.ready()
@@ -131,6 +135,12 @@ def calibrated(found: Sequence[Detector], shards: Shards, rows: int, seed: int) 
     there = [
         {name: value for name, value in one.items() if value is not None and len(value)} for one in (known, harmless)
     ]
+    for name, value in (pair for one in there for pair in one.items()):
+        if np.ndim(value) != 1 or np.isinf(value).any():
+            raise PluginError(
+                f"the detector {name!r} gave known rows of the shape {np.shape(value)}, or an infinite value; allowed: "
+                "one number per known row, or nan"
+            )
     return calibrate(
         {name: values[name] for name in names},
         *there,

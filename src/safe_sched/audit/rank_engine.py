@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from safe_sched.audit.engine import Shard, score_shard
+from safe_sched.audit.engine import Shard, light, score_shard
 from safe_sched.audit.signals import Detector
 from safe_sched.errors import OptionError, PluginError, SafeSchedError
 
@@ -114,7 +114,8 @@ class RankEngine:
         self.told(list(detectors))
         for shard in shards:
             self.told(shard.number)
-            shares = [_share(shard, rank, self.size) for rank in range(self.size)]
+            sent = light(shard)
+            shares = [_share(sent, rank, self.size) for rank in range(self.size)]
             found = self.gathered(_scored(detectors, self.handed(shares)))
             yield shard, _joined([_table(rank, one) for rank, one in enumerate(found)])
 
@@ -137,7 +138,11 @@ class RankEngine:
         """This process's own share, of those that the first one gives."""
         mine: list[Any] = [None]
         with self._in_touch():
-            dist.scatter_object_list(mine, shares, group_src=0, group=self._group)
+            try:
+                dist.scatter_object_list(mine, shares, group_src=0, group=self._group)
+            except Exception:  # a row that cannot be pickled: the others wait for it, and would take a stop for it
+                self._lost = True
+                raise
         return mine[0]
 
     def gathered(self, found: Any) -> list[Any]:
@@ -160,8 +165,8 @@ class RankEngine:
             ) from error
         except Exception as error:  # whatever a foreign object raises while it is pickled
             raise PluginError(
-                f"a detector cannot be sent to other processes: {type(error).__name__}: {error}. Audit without a "
-                "launcher, or leave its plug-in out"
+                f"a detector or a row cannot be sent to other processes: {type(error).__name__}: {error}. Audit "
+                "without a launcher, leave the detector's plug-in out, or give rows of plain values"
             ) from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from safe_sched.audit.engine import Shard, score_shard
+from safe_sched.audit.engine import Shard, light, score_shard
 from safe_sched.audit.signals import Detector
 from safe_sched.errors import OptionError, PluginError
 
@@ -84,7 +84,7 @@ class RayEngine:
                         more = False
                         break
                     worker = free.pop()
-                    waiting[worker.score.remote(shard)] = (shard, worker)
+                    waiting[worker.score.remote(light(shard))] = (shard, worker)
                 if waiting:
                     (done, *_), _ = ray.wait(list(waiting), num_returns=1)
                     shard, worker = waiting.pop(done)

@@ -113,7 +113,7 @@ def audit(
     """
     least = _threshold(threshold)
     for name, value, lowest in (("limit", limit, 1), ("shard_rows", shard_rows, 1)):
-        if value is not None and value < lowest:
+        if value is not None and (not isinstance(value, int) or value < lowest):
             raise OptionError(f"{name}={value}; allowed: a whole number >= {lowest}")
     if resume and out is None:
         raise OptionError("resume=True goes on with an audit in a folder; name it, out=...")
@@ -128,6 +128,8 @@ def audit(
         inputs = Inputs(opened_sources(data, stack), schema=schema, limit=limit, tokenizer=_tokenizer(tokenizer, model))
         found = _detectors(detectors, safety_data, model, adapter, scorer, max_length, device, dtype, seed)
         require_names(found)
+        if not any(one.kind == "harm" for one in found):
+            raise OptionError("none of the detectors is of kind 'harm', of which p_harmful is made; add one")
         wanted = KnownLabels(labels)
         rows, digests = observe(inputs, found, wanted, shard_rows, scoring, clock)
         if rows == 0 and inputs.bad_rows == 0:
@@ -192,6 +194,8 @@ def _detectors(
         seed=seed,
     )
     if given is not None:
+        if model is not None:
+            raise OptionError(f"model={model!r} asks a model, and detectors= leaves its signals out; give one of them")
         return list(given)
     from safe_sched.audit.detectors import default_detectors  # it imports scikit-learn
 

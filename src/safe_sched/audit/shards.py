@@ -65,7 +65,8 @@ class Shards:
         resume: Whether to go on with the shards that the folder holds.
 
     Raises:
-        OptionError: The folder holds an audit, and is not to be resumed; or cannot be written.
+        OptionError: The folder holds an audit, and is not to be resumed; or other files in ``shards``; or cannot be
+            written.
     """
 
     def __init__(self, folder: Path, *, resume: bool = False) -> None:
@@ -74,8 +75,11 @@ class Shards:
             raise OptionError(f"{folder} holds an audit already; go on with it (--resume), or name another folder")
         try:
             self._shards.mkdir(parents=True, exist_ok=True)
+            strange = None if (folder / MANIFEST).exists() else next(self._shards.iterdir(), None)
         except OSError as error:
             raise OptionError(f"{folder} cannot be written: {error.strerror or error}") from error
+        if strange is not None:  # what they belong to is written before the first of them, so these are not ours
+            raise OptionError(f"{strange} belongs to no audit, for {folder} holds no {MANIFEST}; name another folder")
         self._digests: list[str] = []
 
     def begin(self, settings: Mapping[str, Any], digests: Sequence[str]) -> None:
@@ -94,15 +98,13 @@ class Shards:
         if path.exists():
             self._require_same(path, asked)
         else:
-            for old in self._shards.iterdir():  # of a run that was killed before it said what they are
-                old.unlink()
             write_whole(path, json.dumps(asked, indent=1).encode())
 
     def _require_same(self, path: Path, asked: Mapping[str, Any]) -> None:
         try:
             there = json.loads(path.read_bytes())
-            settings, digests = there["settings"], there["digests"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            settings, digests = dict(there["settings"]), list(there["digests"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise StateError(f"{path} is damaged ({error}); remove the folder and audit anew") from error
         for name in sorted({*settings, *asked["settings"]}):
             if (old := settings.get(name)) != (new := asked["settings"].get(name)):
@@ -126,7 +128,7 @@ class Shards:
         try:
             told = json.loads(marker.read_bytes())
             data = part.read_bytes()
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return data if told == self._marker(number, data) else None
 

@@ -19,15 +19,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from safe_sched.audit.engine import Shard, score_shard
-from safe_sched.audit.rows import AuditRow
+from safe_sched.audit.engine import Shard, light, score_shard
 from safe_sched.audit.signals import Detector
-from safe_sched.errors import OptionError, PluginError
+from safe_sched.errors import DataError, OptionError, PluginError
 
 AHEAD = 2
 """Shards per process that are under way: one is scored, and the next is there when it is done."""
@@ -112,22 +110,21 @@ class Workers:
         try:
             worker.send(fitted)
             while (shard := self._given.get()) is not None:
-                worker.send(pickle.dumps(_light(shard), protocol=5))
+                worker.send(_pickled(shard))
                 self._done.put((shard, pickle.loads(worker.receive())))
         except BaseException as error:  # raised again where the shards are taken
             lost = worker.lost(shard) if isinstance(error, OSError | EOFError) else error
             self._done.put((shard, lost))
 
 
-def _light(shard: Shard) -> Shard:
-    """Without the tokenizer that its rows were read with, which may be large, and has done its work."""
-    if not any(isinstance(one, AuditRow) and one.example.tokenizer is not None for one in shard.entries):
-        return shard
-    entries = [
-        replace(one, example=replace(one.example, tokenizer=None)) if isinstance(one, AuditRow) else one
-        for one in shard.entries
-    ]
-    return Shard(shard.number, entries, shard.labels)
+def _pickled(shard: Shard) -> bytes:
+    try:
+        return pickle.dumps(light(shard), protocol=5)
+    except Exception as error:  # whatever a foreign object in a row raises
+        raise DataError(
+            f"the rows of shard {shard.number} cannot be sent to other processes: {type(error).__name__}: {error}. "
+            "Give rows of plain values, or audit with processes=1"
+        ) from error
 
 
 class _Worker:
@@ -137,7 +134,8 @@ class _Worker:
         self._name = name
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         self._process: subprocess.Popen[bytes] = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, json.dumps(sys.path)],
+            # -P: a module in the working folder, such as a json.py beside the data, must not be imported
+            [sys.executable, "-P", "-c", _PROGRAM, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import typer
@@ -142,6 +143,8 @@ def audit(
 
         sources = opened_sources(files, stack)
         path = None if out is None else out / f"rows.{_ending(form, sources)}"
+        if out is not None and path is not None:
+            _require_ours(out, path.name, *(["report.html"] if report else []))
         with _no_bar() if quiet or as_json else progress_bar() as progress:
             findings = run(
                 sources,
@@ -244,6 +247,15 @@ def _require_together(
         raise OptionError("--quiet says nothing and --json prints the summary; give one of them")
 
 
+def _require_ours(out: Path, *names: str) -> None:
+    """Stop where a file that is no audit's would be written over."""
+    from safe_sched.audit.shards import MANIFEST
+
+    there = [name for name in (*names, "findings.parquet", "summary.json") if (out / name).exists()]
+    if there and not (out / MANIFEST).exists():
+        raise OptionError(f"{out / there[0]} is there and {out} holds no audit; name another folder with --out")
+
+
 def _ending(form: str, sources: list[Any]) -> str:
     """Of the file of rows: that of the first file, where it is to be the same."""
     if form != "same":
@@ -307,10 +319,19 @@ def _next(findings: Any, context: typer.Context, sources: list[Any], path: Path 
         return shlex.join(["safe-sched", "audit", *words, "--out", "found", "--report", "html"])
     words = ["safe-sched", "export", data, str(path.parent / "findings.parquet")]
     if summary.flagged:
-        words += ["--threshold", f"{1 - summary.threshold:g}"]
+        words += ["--threshold", _cut(findings)]
     if summary.scored < summary.rows:
         words += ["--unscored", "remove"]
     return shlex.join([*words, "--out", f"kept{ending}", "--removed", f"removed{ending}"])
+
+
+def _cut(findings: Any) -> str:
+    """The weight under which all flagged rows are, as text; export keeps a row whose weight is as high as it."""
+    table = findings.table
+    flagged = table.column("is_harmful_issue").fill_null(False).to_numpy()
+    heaviest = table.column("weight").to_numpy()[flagged].max()
+    cut = f"{1 - findings.summary.threshold:g}"
+    return cut if heaviest < float(cut) else str(np.nextafter(np.float32(heaviest), np.float32(2)))
 
 
 def _name_bad(findings: Any) -> None:
