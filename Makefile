@@ -13,8 +13,9 @@ AXOLOTL_STAMP := $(AXOLOTL)/.installed
 PYTEST_ARGS ?=
 AXOLOTL_ARGS ?=
 # beside Axolotl's own tests, some of the callback's, with the versions of transformers and TRL that Axolotl pins
-AXOLOTL_TESTS ?= tests/axolotl tests/hf/test_settings.py \
+AXOLOTL_TESTS ?= tests/axolotl tests/hf/test_settings.py tests/hf/test_trl_cli.py::test_a_resume_goes_on \
   tests/hf/test_gradients.py::test_sft_gradients_are_those_of_the_weighted_loss
+AXOLOTL_COMPAT := $(addprefix tests/hf/test_,gradients.py peft.py setup.py trl_cli.py)
 # Tests run in so many processes of one thread each; their models are too small for a second thread to help.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -87,8 +88,9 @@ docs: $(STAMP) ## the documentation, into docs/_build/html; a warning is an erro
 bench: $(STAMP) ## what the gate costs per step
 	$(BIN)/python bench/overhead.py
 
-compat: $(STAMP) ## the table of docs/compatibility.md, from tests that run now; takes a quarter of an hour
+compat: $(STAMP) ## the table of docs/compatibility.md, from tests that run now; takes half an hour
 	$(BIN)/python -m pytest -m "slow or not slow" --compat tests/hf
+	@$(MAKE) axolotl AXOLOTL_ARGS='--compat -m "slow or not slow"' AXOLOTL_TESTS="tests/axolotl $(AXOLOTL_COMPAT)"
 	$(BIN)/python -m tests.compat
 
 clean: ## remove what builds and tests leave behind

@@ -6,6 +6,8 @@ of the table. While tests run, their outcomes are kept in pytest's cache, by the
     python -m pytest tests/hf -m "slow or not slow" --compat     # the tests of the table, and no others
     python -m tests.compat                                       # writes the table
 
+`make compat` does both, and runs tests with Axolotl and the versions it pins besides.
+
 What is refused is marked ``@pytest.mark.compat("prompt tuning", "refused", reason="...")``, or named in `REFUSED`.
 
 A feature has a tick where every test of it that ran has passed, and a blank where none ran.
@@ -38,10 +40,28 @@ BEGIN, END = "<!-- compat: written by tests/compat.py -->", "<!-- compat: end --
 _HF, _SFT = "test_gradients.py::test_hf_*", "test_gradients.py::test_sft_*"
 _TRL = "test_trl_cli.py::test_a_yaml_does_what*"
 
+_ADAPTERS = (
+    "DoRA",
+    "rsLoRA",
+    "IA3",
+    "VeRA",
+    "AdaLoRA",
+    "LoHa",
+    "LoKr",
+    "OFT",
+    "LN tuning",
+    "prefix tuning",
+    "trained tokens",
+    "QLoRA (4 bits)",
+    "LoRA on 8 bits",
+)
+
 # tests by feature and column, as patterns of their names without the folder; a marker adds to them
 FEATURES: dict[str, dict[str, list[str]]] = {
     "full fine-tuning": {"hf": [_HF + ".plain?"], "sft": [_SFT + ".fused head?"], "trl": [_TRL + "full?"]},
     "LoRA": {"sft": [_SFT + "LoRA*"], "trl": [_TRL + "lora?"]},
+    # adapters: the place in the table; the tests are marked
+    **{name: {} for name in _ADAPTERS},
     "tied output embedding": {"hf": [_HF + "tied*"], "sft": [_SFT + "tied*"]},
     "gradient accumulation": {"hf": [_HF + "accumulation*"], "sft": [_SFT + "accumulation*"]},
     "a last step that is smaller": {"sft": [_SFT + "last step smaller?"]},

@@ -21,7 +21,7 @@ from safe_sched.files.readers import BadRow
 from safe_sched.rows import CORE, read_rows
 from safe_sched_axolotl.block import ADD_BLOCK, ADD_PLUGIN, KEY, PLUGIN, plain, plugin_names, require_block, settings_of
 from safe_sched_axolotl.data import checked_entry, is_dataset_syntax
-from safe_sched_axolotl.mixing import refuse_unmixable
+from safe_sched_axolotl.mixing import refuse_prior, refuse_unmixable
 from safe_sched_axolotl.plugin import refuse
 from safe_sched_hf.settings import Settings
 
@@ -69,7 +69,7 @@ def plan_of(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Pla
     path = Path(path)
     config = {str(name): value for name, value in read_yaml(path).items()} | dict(overrides or {})
     known = _axolotls_keys()
-    plan = Plan(path, Path(config.get("output_dir") or known["output_dir"].default))
+    plan = Plan(path, Path(str(config.get("output_dir") or known["output_dir"].default)))
     plan.attempt(_find_plugin, plan, config)
     settings = None
     if config.get(KEY) is not None:
@@ -149,6 +149,7 @@ def _explain(plan: Plan, settings: Settings, config: Mapping[str, Any]) -> None:
         plan.facts["mixed in"] = f"safety rows, {settings.mix.share:.0%} of the training set, " + (
             "in its own format" if settings.mix.mimic else "as they are"
         )
+    plan.attempt(refuse_prior, settings, config)
     plan.attempt(settings.callback)  # options that do not go together
     plan.facts["training set"] = _training_set(plan, config)
     how = [config["adapter"]] if config.get("adapter") else ["all parameters"]

@@ -38,6 +38,14 @@ _REFUSED = {
     "plugins": "write it into the YAML, where it can be checked",
 }
 
+_NO_KEYS = frozenset(
+    {
+        *("launcher", "num_processes", "main_process_port"),
+        *("debug", "debug_text_only", "debug_num_examples", "prompter", "shard"),
+    }
+)
+"""Options of ``axolotl train`` that are no keys of a configuration."""
+
 
 def command(arguments: Sequence[str]) -> int:
     """Run ``safe-sched axolotl ARGUMENTS...``; returns the exit code.
@@ -67,8 +75,10 @@ def overrides_of(options: Sequence[str]) -> dict[str, Any]:
         OptionError: One takes the run out of sight.
 
     Example:
-        >>> overrides_of(["--max-steps=10", "--output-dir", "out", "--no-flash-attention", "--", "--nproc", "2"])
+        >>> overrides_of(["--max-steps=10", "--output-dir", "out", "--no-flash-attention"])
         {'max_steps': 10, 'output_dir': 'out', 'flash_attention': False}
+        >>> overrides_of(["--launcher", "torchrun", "--", "--nproc_per_node", "2"])
+        {}
     """
     import yaml
 
@@ -92,7 +102,7 @@ def overrides_of(options: Sequence[str]) -> dict[str, Any]:
                 found[name] = value
         else:
             found[name.removeprefix("no_")] = not name.startswith("no_")
-    return found
+    return {name: value for name, value in found.items() if name not in _NO_KEYS}
 
 
 def _trained(plan: Plan, path: str, options: Sequence[str]) -> int:

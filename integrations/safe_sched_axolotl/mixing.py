@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,22 @@ def refuse_unmixable(settings: Settings, config: Any) -> None:
         raise OptionError(
             f"{KEY}.mix.safety_data: {safety!r}; allowed: core, a file with prompts and refusals, or rows. Axolotl's "
             "dataset syntax makes tokens, and they cannot take the format of a row"
+        )
+
+
+def refuse_prior(settings: Settings, config: Any) -> None:
+    """Stop where ``prior`` names a column that Axolotl would drop.
+
+    Raises:
+        OptionError: Naming the key.
+    """
+    if settings.prior is None:
+        return
+    typed = any(isinstance(entry, Mapping) and entry.get("type") for entry in config.get("datasets") or [])
+    if typed or config.get("streaming") or config.get("pretraining_dataset"):
+        raise OptionError(
+            f"{KEY}.prior: {settings.prior!r}: Axolotl drops every column but the tokens of a data set with a type, "
+            "and of a stream. Give data sets of tokens (input_ids, labels and that column, no type), or leave prior out"
         )
 
 

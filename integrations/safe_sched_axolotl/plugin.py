@@ -10,12 +10,13 @@ import contextlib
 import functools
 import importlib.metadata
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from safe_sched.errors import DataError, ModelError, OptionError
 from safe_sched.record import seal
 from safe_sched_axolotl.block import ADD_PLUGIN, KEY, PLUGIN, named_in, plain, require_block
-from safe_sched_axolotl.mixing import mix_datasets, refuse_unmixable, source_of
+from safe_sched_axolotl.mixing import mix_datasets, refuse_prior, refuse_unmixable, source_of
 from safe_sched_axolotl.safety import safety_rows
 from safe_sched_hf.callback import SafeSchedCallback
 
@@ -27,8 +28,19 @@ UNSUPPORTED = {
     "orpo_alpha": "a loss of its own",
     "relora": "ReLoRA",
     "use_ray": "Ray",
+    "deepspeed": "DeepSpeed",
+    "torch_compile": "compiled models",
+    "auto_find_batch_size": "a batch size that is found by trial",
 }
 """Keys of a configuration whose training is not supervised fine-tuning as the callback knows it."""
+
+PARALLEL = (
+    "tensor_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel_degree",
+    "expert_parallel_size",
+)
+"""Keys that share rows, or parts of one, between processes, where they are above 1."""
 
 
 class Hooks:
@@ -58,6 +70,7 @@ class Hooks:
         settings.callback()  # options that do not go together, before a model is loaded
         refuse(cfg)
         refuse_unmixable(settings, cfg)
+        refuse_prior(settings, cfg)
 
     def get_input_args(self) -> str:
         """Where the class with the key is."""
@@ -111,6 +124,17 @@ def refuse(config: Any) -> None:
     for key, what in UNSUPPORTED.items():
         if config.get(key):
             raise ModelError(f"{key}: {plain(config[key])!r}: safe-sched does not support {what} here; remove {key}")
+    for key in PARALLEL:
+        if config.get(key) not in (None, 0, 1):
+            raise ModelError(f"{key}: {plain(config[key])!r}: safe-sched does not support it; allowed: 1, or remove it")
+    fsdp = config.get("fsdp_config") or {}
+    if fsdp or config.get("fsdp"):
+        version = config.get("fsdp_version") or (isinstance(fsdp, Mapping) and fsdp.get("fsdp_version"))
+        if str(version) != "2":
+            raise ModelError(
+                f"fsdp_version: {version or None!r}: safe-sched does not support FSDP of the first version; "
+                "set fsdp_version: 2"
+            )
 
 
 @functools.cache

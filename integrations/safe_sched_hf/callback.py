@@ -262,13 +262,15 @@ class SafeSchedCallback(TrainerCallback):
             assert asked is not None
             refusals = Refusals(trainer, self._session, asked)
             refusals.first_pass(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
-        self._record = None
-        # the last thing before training: an error until here leaves the folder as it is
+        attachment, self._record = Attachment(trainer, self._session, probe, refusals, sampling), None
+        exchange("ready")
+        # the last thing before training: an error until here, on any rank, leaves the folder as it is
         if state.is_world_process_zero:
             self._record = RunRecord(trainer._get_output_dir(trial_of(trainer)) or ".", folder)
             self._record.begin(self._manifest(trainer, state))
-        self._attachment = Attachment(trainer, self._session, probe, refusals, sampling)
-        self._attachment.attach()
+        exchange("started")  # the others' next collective is the trainer's, where they would not hear of an error
+        self._attachment = attachment
+        attachment.attach()
 
     def _read_safety(
         self, data: SafetyData | None, args: TrainingArguments, tokenizer: Any, sample: list[list[int]]

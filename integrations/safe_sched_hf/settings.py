@@ -78,6 +78,7 @@ class Settings(BaseModel):
         seed: None: the trainer's.
         mix: Safety rows between the rows of the training set; None or false: none, true: with its defaults.
         report: What is written beside the manifest: ``"table"``, the final weight of every row, or ``"none"``.
+        prior: The column of the training set that says how likely every row is harmful; not with ``mix``.
 
     Example:
         >>> settings = read_settings({"method": {"name": "bds", "prior_share": 0.05}, "safety_data": "core"})
@@ -101,6 +102,7 @@ class Settings(BaseModel):
     seed: Annotated[_Whole, Field(ge=0)] | None = None
     mix: Mix | None = None
     report: Literal["none", "table"] = "table"
+    prior: str | None = None
 
     _where: str = PrivateAttr(default=_WHERE)
 
@@ -141,6 +143,7 @@ class Settings(BaseModel):
                 act=self.act,
                 seed=self.seed,
                 report=self.report,
+                prior=self.prior,
             )
         except OptionError as error:
             raise at(self._where, error) from error
@@ -216,6 +219,11 @@ def read_settings(block: Any, *, where: str = _WHERE) -> Settings:
         path = ".".join([where, *(str(part) for part in first["loc"] if not str(part).startswith("function-"))])
         raise OptionError(f"{path}: {first['input']!r}; {first['msg'].removeprefix('Value error, ')}") from None
     settings._where = where
+    if settings.prior is not None and settings.mix is not None:
+        raise OptionError(
+            f"{where}.prior: {settings.prior!r}; safety rows that {where}.mix puts between the rows have no such "
+            "number. Leave one of them out, or mix into the file before it is audited: safe-sched mix"
+        )
     return settings
 
 

@@ -65,7 +65,7 @@ def read_call(arguments: Sequence[str], *, launched: bool = False) -> Call:
     settings = read_settings(_merged(config.pop(BLOCK, {}), overrides), where=BLOCK)
     settings.callback()  # options that do not go together, before a model is loaded
     parser = sft.make_parser(prog="safe-sched trl sft")
-    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    known = {action.dest for action in parser._actions} - {"help", "config"}  # other spellings TRL drops without a word
     ours, theirs = _accelerates(config, known) if not launched else (_only(config, known), [])
     with tempfile.TemporaryDirectory() as folder:
         clean = Path(folder) / "config.yaml"

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from safe_sched.cli.screen import exit_code_of, say_error
-from safe_sched.errors import SafeSchedError, unknown_name
+from safe_sched.errors import ModelError, SafeSchedError, unknown_name
 from safe_sched.manifest import verify
 from safe_sched.record import rows_fingerprint, seal
 from safe_sched_hf.settings import Settings
@@ -49,24 +49,30 @@ def train(call: Call) -> int:
     """Run TRL's script in this process; returns 0."""
     from trl.scripts import sft
 
-    with defended(call.settings) as folders:
+    with defended(call.settings) as trainers:
         sft.main(*call.parsed)
-    for folder in folders:
-        seal(folder)
+    if not trainers:  # a manifest in the folder is then an older run's
+        raise ModelError(
+            "TRL's script has made no trainer that safe-sched knows of, so this training was not defended. "
+            "Install a release that docs/compatibility.md names, or write a script with SafeSchedCallback."
+        )
+    for trainer in trainers:
+        if trainer.is_world_process_zero():
+            seal(trainer.args.output_dir)
     return 0
 
 
 @contextlib.contextmanager
-def defended(settings: Settings) -> Iterator[list[str]]:
+def defended(settings: Settings) -> Iterator[list[Any]]:
     """For the time of this, ``trl.SFTTrainer`` makes trainers that have the callback, and mixes what is to be mixed.
 
     Yields:
-        The output folders of trainers that were made, where this process is the one that writes.
+        The trainers that were made.
     """
     import trl
 
     original = trl.SFTTrainer
-    folders: list[str] = []
+    trainers: list[Any] = []
 
     def make(*args: Any, **given: Any) -> Any:
         callback = settings.callback()
@@ -75,13 +81,12 @@ def defended(settings: Settings) -> Iterator[list[str]]:
         given["train_dataset"] = settings.mixed(given.get("train_dataset"))
         trainer = original(*args, **given, callbacks=[callback])
         _resume_as_told(trainer)
-        if trainer.is_world_process_zero():
-            folders.append(str(trainer.args.output_dir))
+        trainers.append(trainer)
         return trainer
 
     setattr(trl, "SFTTrainer", make)  # noqa: B010 (trl is typed as having the class)
     try:
-        yield folders
+        yield trainers
     finally:
         setattr(trl, "SFTTrainer", original)  # noqa: B010
 

@@ -11,6 +11,7 @@ touched, and nothing outlives the run:
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,7 +93,7 @@ def calling_trainer(callback: object) -> tuple[Trainer, str | None]:
             owner = frame.f_locals.get("self")
             if isinstance(owner, Trainer) and any(c is callback for c in owner.callback_handler.callbacks):
                 resume = frame.f_locals.get("resume_from_checkpoint")
-                return owner, resume if isinstance(resume, str) else None
+                return owner, os.fspath(resume) if isinstance(resume, str | os.PathLike) else None
             frame = frame.f_back
     finally:
         del frame

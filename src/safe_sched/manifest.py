@@ -332,5 +332,5 @@ def _key(row: Mapping[str, Any]) -> int:
         ids = torch.tensor(row["input_ids"], dtype=torch.long)
         labels = torch.tensor(row["labels"], dtype=torch.long) if row.get("labels") is not None else None
         return int(keys_of_flat(ids, labels, torch.tensor([len(ids)]))[0][0])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise DataError(f"a row to compare with has no key and no tokens ({error})") from error

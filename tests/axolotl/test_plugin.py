@@ -9,7 +9,7 @@ import pytest
 from safe_sched.errors import ModelError, OptionError, PluginError
 from safe_sched_axolotl.args import SafeSchedArgs
 from safe_sched_axolotl.block import PLUGIN
-from safe_sched_axolotl.plugin import UNSUPPORTED, Hooks
+from safe_sched_axolotl.plugin import PARALLEL, UNSUPPORTED, Hooks
 
 BLOCK = {"method": "bds", "safety_data": "core"}
 
@@ -78,6 +78,22 @@ def test_another_training_than_fine_tuning_is_refused(key: str) -> None:
         Hooks().register(config(**{key: "x"}))
 
 
+@pytest.mark.parametrize("key", PARALLEL)
+def test_rows_that_processes_share_are_refused(key: str) -> None:
+    Hooks().register(config(**{key: 1}))
+    with pytest.raises(ModelError, match=f"^{key}: 2: .*allowed: 1"):
+        Hooks().register(config(**{key: 2}))
+
+
+@pytest.mark.parametrize("more", [{}, {"fsdp_version": 1}, {"fsdp_config": {"fsdp_version": 1}}])
+def test_fsdp_of_the_first_version_is_refused(more: dict[str, Any]) -> None:
+    sharded: dict[str, Any] = {"fsdp_config": {"offload_params": False}}
+    for second in ({"fsdp_version": 2}, {"fsdp_config": {"fsdp_version": 2}}):
+        Hooks().register(config(**(sharded | second)))
+    with pytest.raises(ModelError, match="^fsdp_version: .*set fsdp_version: 2"):
+        Hooks().register(config(**(sharded | more)))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -89,6 +105,15 @@ def test_another_training_than_fine_tuning_is_refused(key: str) -> None:
 def test_what_cannot_be_mixed_is_refused(changes: dict[str, Any], words: str) -> None:
     block = {"safe_sched": BLOCK | {"mix": {"share": 0.1}}}
     with pytest.raises(OptionError, match=words):
+        Hooks().register(config(**(block | changes)))
+
+
+@pytest.mark.parametrize("changes", [{"datasets": [{"path": "a.jsonl", "type": "alpaca"}]}, {"streaming": True}])
+def test_a_prior_that_axolotl_would_drop_is_refused(changes: dict[str, Any]) -> None:
+    """A data set of tokens keeps its columns."""
+    block = {"safe_sched": BLOCK | {"prior": "p_harmful"}}
+    Hooks().register(config(**block, datasets=[{"path": "tokens.parquet"}]))
+    with pytest.raises(OptionError, match="safe_sched.prior: 'p_harmful': Axolotl drops every column"):
         Hooks().register(config(**(block | changes)))
 
 

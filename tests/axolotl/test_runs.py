@@ -87,7 +87,15 @@ def in_hf_trainer(run: Run, scheduler: Any, safety: Any, model: Any = None) -> d
 
 @pytest.mark.compat(EQUAL, "axolotl")
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind == "plain" else pytest.mark.slow) for kind in KINDS]
+    "kind",
+    [
+        "plain",
+        pytest.param("LoRA", marks=[pytest.mark.slow, pytest.mark.compat("LoRA", "axolotl")]),
+        pytest.param("packed", marks=[pytest.mark.slow, pytest.mark.compat("packing", "axolotl")]),
+        pytest.param(
+            "evaluated", marks=[pytest.mark.slow, pytest.mark.compat("evaluation during training", "axolotl")]
+        ),
+    ],
 )
 def test_equal_weights_leave_axolotl_untouched(folder: Path, kind: str) -> None:
     plain = train(config(folder, **KINDS[kind]))
@@ -280,8 +288,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+LINES = {"lisa": "`Lisa`", "sampled": '`act="sample"`', "neural_bds": "`NeuralBDS`: features from hidden states"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.compat(LINES[kind], "axolotl")] if kind in LINES else [])
+        for kind in METHODS
+    ],
+)
 def test_every_method_trains_here_too(folder: Path, tmp_path: Path, kind: str) -> None:
     block = defended(**METHODS[kind], safety_data=str(folder / "safety.jsonl"))
     run = train(config(folder, output_dir=str(tmp_path / "out"), **block))

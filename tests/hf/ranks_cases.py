@@ -43,6 +43,7 @@ from tests.support import (
 
 ROWS = token_rows(24, seed=4, shortest=6)
 SAFE = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{20 + i % 3} w{30 + i}"} for i in range(7)]
+INFORMED = [{**row, "p": 0.04 * i} for i, row in enumerate(ROWS)]
 ALIKE = token_rows(24, seed=4, shortest=8, longest=8)  # accelerate sends streamed batches of one length only
 TOKENS = token_rows(7, seed=9)
 REFUSALS = (" w50 w51", " w52 w53 w54", " w55 w56 w57 w58", " w50 w53")
@@ -79,6 +80,7 @@ CASES: dict[str, tuple[Any, Callable[[], list[Any]], dict[str, Any]]] = {
     ),
     "probe": (make_sft, ours(BDS(), safety_data=SAFE), {"max_steps": 28, "gradient_accumulation_steps": 2}),
     "covariance": (make_hf, ours(BDS(evidence="covariance"), safety_data=TOKENS), {"max_steps": 9}),
+    "prior": (make_hf, ours(BDS(evidence="covariance"), safety_data=TOKENS, prior="p"), {"rows": INFORMED}),
     "released": (make_sft, ours(BDS(compat="released"), safety_data=TOKENS), {"max_steps": 9}),
     "neural": (make_sft, ours(NeuralBDS(), safety_data=SAFE), {"max_steps": 14}),
     "antibody": (make_sft, ours(antibody(), **ASKED), {"max_steps": 14}),
@@ -193,6 +195,10 @@ def other_tokens(features: list[Any]) -> Any:
     return DataCollatorForSeq2Seq(make_tokenizer())([{**f, "input_ids": f["input_ids"][::-1]} for f in features])
 
 
+def doubted(trainer: Any) -> Any:
+    return trainer.train_dataset.map(lambda row: {"p": 1 - row["p"]})
+
+
 def nan(output: Any) -> Any:
     return output * float("nan")
 
@@ -206,8 +212,12 @@ FAULTS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "batch": (ours(FIXED), lambda trainer: setattr(trainer, "data_collator", Switching())),
     "rows": (ours(Fixed()), lambda trainer: setattr(trainer, "train_dataset", trainer.train_dataset.select(range(23)))),
     "order": (ours(Fixed()), lambda trainer: setattr(trainer, "train_dataset", trainer.train_dataset.shuffle(seed=1))),
+    "prior": (ours(Fixed(), prior="p"), lambda trainer: setattr(trainer, "train_dataset", doubted(trainer))),
     "steps": (ours(Fixed()), lambda trainer: None),
+    "manifest": (ours(Fixed()), lambda trainer: setattr(trainer.args, "output_dir", str(Path(__file__) / "out"))),
 }
+ON_FIRST = ("manifest",)
+"""Faults on rank 0: it is the one that writes."""
 
 
 class Switching:
@@ -228,9 +238,9 @@ def fault(name: str, folder: Path, rank: int) -> dict[str, Any]:
     try:
         options: dict[str, Any] = {"accelerator_config": {"even_batches": False}} if name == "steps" else {}
         trainer = make_hf(
-            folder, ROWS, callbacks=callbacks(), **(OPTIONS | {"per_device_train_batch_size": BATCH} | options)
+            folder, INFORMED, callbacks=callbacks(), **(OPTIONS | {"per_device_train_batch_size": BATCH} | options)
         )
-        if rank:
+        if bool(rank) != (name in ON_FIRST):
             spoil(trainer)
         trainer.train()
     except Exception as error:

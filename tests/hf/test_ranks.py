@@ -228,6 +228,7 @@ HEARD = {
 TOLD = {
     "rows": ("DataError", "rank 1 does not have the options or rows of rank 0"),
     "order": ("DataError", "rank 1 does not have the order of rows of rank 0"),
+    "prior": ("DataError", "rank 1 does not have the options or rows of rank 0"),
     "steps": ("ModelError", "even_batches=False lets one process have batches left"),
 }
 
@@ -258,6 +259,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both(sampled: Path) -> None
 @pytest.mark.parametrize("name", [name for name in HEARD if name != "loss"])
 def test_an_error_on_one_rank_stops_both(name: str, others: Path) -> None:
     is_heard(others, name)
+
+
+@slow
+def test_a_manifest_that_cannot_be_written_stops_both(others: Path) -> None:
+    own, other = errors_of(others, "manifest")
+    assert own["error"] == "StateError"
+    assert other["error"] == "RankError"
+    assert other["text"].startswith("rank 0 stopped: StateError: ")
+    assert max(own["seconds"], other["seconds"]) < 30
 
 
 @slow

@@ -97,6 +97,18 @@ def test_a_resume_by_flag_finds_the_last_checkpoint(tmp_path: Path) -> None:
     assert other.session.steps == 6
 
 
+def test_a_resume_by_path_goes_on_from_that_folder(tmp_path: Path) -> None:
+    """A path that is no string, and is not in the output folder."""
+    run(make_hf, tmp_path / "first", max_steps=2)
+    other = SafeSchedCallback(
+        BDS(compat="released", learning_rate=0.1), safety_data=text_rows(6, seed=8), safety_batch_size=2
+    )
+    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    trainer = make_hf(tmp_path / "second", ROWS, callbacks=[other], max_steps=3, **options)
+    trainer.train(resume_from_checkpoint=tmp_path / "first" / "checkpoint-2")  # pyright: ignore[reportArgumentType]
+    assert other.session.steps == 3
+
+
 def resume_error(folder: Path, match: str, **options: Any) -> None:
     with pytest.raises(StateError, match=match):
         run(make_sft, folder, resume=folder / "checkpoint-2", **options)

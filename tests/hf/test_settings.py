@@ -82,6 +82,7 @@ def test_every_option_of_the_callback_can_be_written() -> None:
         act: sample
         seed: 7
         report: none
+        prior: safe_sched.p_harmful
         """
     )
     callback = settings.callback()
@@ -129,6 +130,8 @@ ERRORS = [
     ("act: wait", "safe_sched.act: 'wait'; Input should be 'weight' or 'sample'"),
     ("report: pdf", "safe_sched.report: 'pdf'; "),
     ("seed: -1", "safe_sched.seed: -1; "),
+    ("prior: [0.1, 0.2]", "safe_sched.prior: [0.1, 0.2]; "),
+    ("{prior: p, mix: {share: 0.1}}", "safe_sched.prior: 'p'; safety rows that safe_sched.mix puts between"),
     ("true", "safe_sched: True; allowed: keys with values"),
     ("- bds", "safe_sched: ['bds']; allowed: keys with values"),
 ]

@@ -123,7 +123,9 @@ def test_a_yaml_does_what_a_script_with_the_callback_does(how: str, home: Path, 
     callback = SafeSchedCallback(BDS(prior_share=0.3), safety_data=safety, safety_batch_size=2)
     assert same(found, script(home, tmp_path / "script", callback, peft=peft, **more))
     assert not same(found, script(home, tmp_path / "plain", None, peft=peft, **more))
-    assert verify(tmp_path / "ours", data=home / "data" / "train.jsonl").defended
+    verdict = verify(tmp_path / "ours", data=home / "data" / "train.jsonl")
+    assert verdict.defended
+    assert {check.name: check.ok for check in verdict.checks}["model files"] is True
     assert not verify(tmp_path / "ours", data=home / "safety.jsonl").defended
 
 
@@ -147,6 +149,20 @@ def test_mixed_rows_are_trained_on(home: Path, tmp_path: Path) -> None:
     assert same(found, script(home, tmp_path / "script", SafeSchedCallback(Fixed()), rows=mixed))
     manifest = json.loads((tmp_path / "ours" / MANIFEST_FILE).read_text())
     assert (manifest["source"]["mix"]["share"], manifest["data"]["rows"]) == (0.25, 27)
+
+
+def test_a_prior_goes_with_the_rows(home: Path, tmp_path: Path) -> None:
+    """A column of the data set, by its name in the block. Control: it is not the run without it."""
+    rows = [{**row, "p": 0.05 + 0.04 * i} for i, row in enumerate(text_rows(20))]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"dataset_name": str(tmp_path / "data")}
+    found = run(home, tmp_path / "ours", {"method": "fixed", "prior": "p"}, **more)
+    held = datasets.Dataset.from_list(rows)
+    assert same(found, script(home, tmp_path / "script", SafeSchedCallback(Fixed(), prior="p"), rows=held))
+    assert not same(found, run(home, tmp_path / "none", {"method": "fixed"}, **more))
+    assert json.loads((tmp_path / "ours" / MANIFEST_FILE).read_text())["prior"]
+    assert verify(tmp_path / "ours", data=tmp_path / "data" / "train.jsonl").defended
 
 
 def test_a_stream_is_defended_too(home: Path, tmp_path: Path) -> None:
@@ -195,6 +211,11 @@ WRONG = [
         [],
         r"unknown key 'lerning_rate' \(did you mean 'learning_rate'",
     ),
+    (
+        {"safe_sched": {"method": "fixed"}, "max-steps": 1},
+        [],
+        r"unknown key 'max-steps' \(did you mean 'max_steps'",
+    ),
     ({"safe_sched": {}}, ["--safe_sched", "bds"], "--safe_sched; allowed: --safe_sched.KEY VALUE"),
     ({"safe_sched": {}}, ["--safe_sched.method"], "--safe_sched.method needs a value"),
     ({"safe_sched": {}}, ["--safe_sched.method", "[bds"], r"--safe_sched.method '\[bds'"),
@@ -238,6 +259,11 @@ def test_the_command_exits_with_words_and_codes(home: Path, tmp_path: Path, monk
         found = invoke("--config", str(config(home, tmp_path / "b", {"method": "fixed"}, max_steps=1)))
         assert found.exit_code == 3
         assert "not defended: finished: training did not end" in found.output
+    with monkeypatch.context() as patch:  # a release of TRL that takes its trainer from elsewhere
+        patch.setattr(plain_sft, "main", lambda *parsed: None)
+        found = invoke("--config", str(config(home, tmp_path / "c", {"method": "fixed"})))
+        assert found.exit_code == 2
+        assert "this training was not defended" in found.output
     found = CliRunner().invoke(app, ["trl"])
     assert "sft" in found.output
 
