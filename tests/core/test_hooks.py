@@ -164,12 +164,12 @@ def test_a_request_out_of_range_is_an_error(option: Any, match: str) -> None:
         RowLossesRequest("m", ROWS, **option)
 
 
-def test_our_own_plugin_is_installed_and_loads_no_trainer() -> None:
+def test_our_own_plugins_are_installed_and_load_no_trainer() -> None:
     """Looking up a third party's scheduler must not wait for TRL, nor need it."""
-    code = "import sys; from safe_sched import hooks; print([n for n, _ in hooks.manager().list_name_plugin()]); "
-    code += "print(sorted({'transformers', 'trl', 'datasets', 'safe_sched_hf'} & set(sys.modules)))"
+    code = "import sys; from safe_sched import hooks; print(sorted(n for n, _ in hooks.manager().list_name_plugin())); "
+    code += "print(sorted({'transformers', 'trl', 'datasets', 'axolotl', 'safe_sched_hf'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines() == ["['hf']", "['safe_sched_hf']"]
+    assert found.stdout.splitlines() == ["['axolotl', 'hf']", "['safe_sched_hf']"]
 
 
 def test_the_markers_belong_to_the_entry_point_group() -> None:
