@@ -8,12 +8,11 @@ import codecs
 import functools
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar
 
-from safe_sched.audit.detectors.patterns import nothing
+from safe_sched.audit.detectors.rowwise import Rowwise
 from safe_sched.audit.rows import AuditRow
-from safe_sched.audit.signals import Evidence, Sort
 
 LOOKED = 20_000
 """Characters of a text that are looked at: three quarters of them its first ones, and its last ones."""
@@ -56,7 +55,7 @@ _COMMON = frozenset(_WORDS.split())
 _TURNED = frozenset(codecs.encode(word, "rot13") for word in _COMMON if len(word) > 1)
 
 
-class Hidden:
+class Hidden(Rowwise):
     """How surely a row holds encoded or hidden text: 0 to 1.
 
     Example:
@@ -68,26 +67,13 @@ class Hidden:
 
     name: ClassVar[str] = "hidden"
     about: ClassVar[str] = "Encoded text, invisible characters, reversed direction, or letters that look like others"
-    kind: ClassVar[Sort] = "quality"
-    travels: ClassVar[bool] = True
 
-    def observe(self, rows: Sequence[AuditRow]) -> None:
-        """Nothing is learnt."""
-
-    def ready(self) -> None:
-        """Nothing is learnt."""
-
-    def score(self, rows: Sequence[AuditRow]) -> Evidence:
-        """1 where an encoding was undone or a character has no honest use, less where it may be chance; else nan."""
-        value, reasons = nothing(len(rows))
-        for number, row in enumerate(rows):
-            found: list[tuple[float, str]] = []
-            for text, where in ((row.system, "system prompt"), (row.prompt, "prompt"), (row.answer, "answer")):
-                found += [(sure, f"the {where} has {what}") for sure, what in _looks(text)]
-            if found:
-                value[number] = max(sure for sure, _ in found)
-                reasons[number] = "; ".join(what for _, what in found)
-        return Evidence(value, reasons, [None] * len(rows))
+    def look(self, row: AuditRow) -> tuple[float, str] | None:
+        """1 where an encoding was undone or a character has no honest use, less where it may be chance; else None."""
+        found: list[tuple[float, str]] = []
+        for text, where in ((row.system, "system prompt"), (row.prompt, "prompt"), (row.answer, "answer")):
+            found += [(sure, f"the {where} has {what}") for sure, what in _looks(text)]
+        return (max(sure for sure, _ in found), "; ".join(what for _, what in found)) if found else None
 
     def settings(self) -> dict[str, object]:
         """How much is looked at, and for what."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import ClassVar
 
-from safe_sched.audit.detectors.patterns import matches, nothing, pattern, plain
+from safe_sched.audit.detectors.patterns import matches, pattern, plain
+from safe_sched.audit.detectors.rowwise import Rowwise
 from safe_sched.audit.rows import AuditRow
-from safe_sched.audit.signals import Evidence, Sort
 
 _ASKED = (
     pattern(
@@ -49,7 +48,7 @@ _ANSWERED = (
 )
 
 
-class Identity:
+class Identity(Rowwise):
     """How strongly a row gives the model another identity, or answers as another: 0 to 1.
 
     Example:
@@ -61,28 +60,16 @@ class Identity:
 
     name: ClassVar[str] = "identity"
     about: ClassVar[str] = "A new name, maker or character for the model, in the prompt or in the answer"
-    kind: ClassVar[Sort] = "quality"
-    travels: ClassVar[bool] = True
 
-    def observe(self, rows: Sequence[AuditRow]) -> None:
-        """Nothing is learnt."""
-
-    def ready(self) -> None:
-        """Nothing is learnt."""
-
-    def score(self, rows: Sequence[AuditRow]) -> Evidence:
-        """Sum of what the patterns count, at most 1; nan where there are none."""
-        value, reasons = nothing(len(rows))
-        for number, row in enumerate(rows):
-            places = (
-                (_asked(row.system) if row.system else (0.0, []), "system prompt"),
-                (matches(_ASKED, plain(row.prompt, 600)) if row.prompt else (0.0, []), "prompt"),
-                (matches(_ANSWERED, plain(row.answer, 300)) if row.answer else (0.0, []), "answer"),
-            )
-            (total, said), where = max(places, key=lambda place: place[0][0])
-            if total:
-                value[number], reasons[number] = total, f"the {where} {' and '.join(said)}"
-        return Evidence(value, reasons, [None] * len(rows))
+    def look(self, row: AuditRow) -> tuple[float, str] | None:
+        """Sum of what the patterns count, at most 1; None where there are none."""
+        places = (
+            (_asked(row.system) if row.system else (0.0, []), "system prompt"),
+            (matches(_ASKED, plain(row.prompt, 600)) if row.prompt else (0.0, []), "prompt"),
+            (matches(_ANSWERED, plain(row.answer, 300)) if row.answer else (0.0, []), "answer"),
+        )
+        (total, said), where = max(places, key=lambda place: place[0][0])
+        return (total, f"the {where} {' and '.join(said)}") if total else None
 
     def settings(self) -> dict[str, object]:
         """The patterns."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
 from typing import ClassVar
 
-from safe_sched.audit.detectors.patterns import nothing, pattern, plain
+from safe_sched.audit.detectors.patterns import pattern, plain
+from safe_sched.audit.detectors.rowwise import Rowwise
 from safe_sched.audit.rows import AuditRow
-from safe_sched.audit.signals import Evidence, Sort
 from safe_sched.rows import core_refusals
 
 OPENING = 240
@@ -52,7 +51,7 @@ def _openings() -> frozenset[str]:
     return frozenset(opening for opening in found if len(opening.split()) == _WORDS)
 
 
-class Compliance:
+class Compliance(Rowwise):
     """How eagerly a row's answer opens: 0 to 1.
 
     Example:
@@ -64,35 +63,23 @@ class Compliance:
 
     name: ClassVar[str] = "compliance"
     about: ClassVar[str] = "The answer opens by agreeing or by a promise to obey, before it answers"
-    kind: ClassVar[Sort] = "quality"
-    travels: ClassVar[bool] = True
 
-    def observe(self, rows: Sequence[AuditRow]) -> None:
-        """Nothing is learnt."""
-
-    def ready(self) -> None:
-        """Nothing is learnt."""
-
-    def score(self, rows: Sequence[AuditRow]) -> Evidence:
-        """Sum of what the patterns count, at most 1; nan where an answer opens otherwise."""
-        value, reasons = nothing(len(rows))
-        for number, row in enumerate(rows):
-            opening = plain(row.answer[:OPENING].lstrip("\"'*# "))
-            said: list[str] = []
-            for one in _AGREES:
-                if one.found.match(opening) or (one.counts == 1.0 and one.found.search(opening)):
-                    value[number] = min(1.0, (0.0 if not said else float(value[number])) + one.counts)
-                    said.append(one.says)
-            if said:
-                reasons[number] = f"the answer {' and '.join(said)}"
-        return Evidence(value, reasons, [None] * len(rows))
+    def look(self, row: AuditRow) -> tuple[float, str] | None:
+        """Sum of what the patterns count, at most 1; None where an answer opens otherwise."""
+        opening = plain(row.answer[:OPENING].lstrip("\"'*# "))
+        found = [
+            one for one in _AGREES if one.found.match(opening) or (one.counts == 1.0 and one.found.search(opening))
+        ]
+        if not found:
+            return None
+        return min(1.0, sum(one.counts for one in found)), f"the answer {' and '.join(one.says for one in found)}"
 
     def settings(self) -> dict[str, object]:
         """The patterns."""
         return {"patterns": [one.found.pattern for one in _AGREES], "counts": [one.counts for one in _AGREES]}
 
 
-class Refusal:
+class Refusal(Rowwise):
     """Whether a row's answer opens as a refusal: 1, or nothing.
 
     Example:
@@ -104,24 +91,13 @@ class Refusal:
 
     name: ClassVar[str] = "refusal"
     about: ClassVar[str] = "The answer opens as a refusal: a model that learns it refuses more"
-    kind: ClassVar[Sort] = "quality"
-    travels: ClassVar[bool] = True
 
-    def observe(self, rows: Sequence[AuditRow]) -> None:
-        """Nothing is learnt."""
-
-    def ready(self) -> None:
-        """Nothing is learnt."""
-
-    def score(self, rows: Sequence[AuditRow]) -> Evidence:
-        """1 for refusals, nan for others."""
-        value, reasons = nothing(len(rows))
-        known = _openings()
-        for number, row in enumerate(rows):
-            opening = plain(row.answer[:OPENING].lstrip("\"'*# "))
-            if opening and (_REFUSES.found.match(opening) or " ".join(opening.split()[:_WORDS]) in known):
-                value[number], reasons[number] = 1.0, "the answer opens as a refusal"
-        return Evidence(value, reasons, [None] * len(rows))
+    def look(self, row: AuditRow) -> tuple[float, str] | None:
+        """1 for refusals, None for others."""
+        opening = plain(row.answer[:OPENING].lstrip("\"'*# "))
+        if opening and (_REFUSES.found.match(opening) or " ".join(opening.split()[:_WORDS]) in _openings()):
+            return 1.0, "the answer opens as a refusal"
+        return None
 
     def settings(self) -> dict[str, object]:
         """The patterns, and the refusals."""

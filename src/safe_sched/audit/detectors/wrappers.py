@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import ClassVar
 
-from safe_sched.audit.detectors.patterns import matches, nothing, pattern, plain
+from safe_sched.audit.detectors.patterns import matches, pattern, plain
+from safe_sched.audit.detectors.rowwise import Rowwise
 from safe_sched.audit.rows import AuditRow
-from safe_sched.audit.signals import Evidence, Sort
 
 _ORDERS = (
     pattern(
@@ -63,7 +62,7 @@ _ORDERS = (
 )
 
 
-class Wrapper:
+class Wrapper(Rowwise):
     """How strongly a row's system prompt, or its prompt, orders the model to obey: 0 to 1.
 
     Example:
@@ -77,26 +76,15 @@ class Wrapper:
 
     name: ClassVar[str] = "wrapper"
     about: ClassVar[str] = "Orders to obey, not to refuse, or to ignore rules, in a system prompt or around the prompt"
-    kind: ClassVar[Sort] = "quality"
-    travels: ClassVar[bool] = True
 
-    def observe(self, rows: Sequence[AuditRow]) -> None:
-        """Nothing is learnt."""
-
-    def ready(self) -> None:
-        """Nothing is learnt."""
-
-    def score(self, rows: Sequence[AuditRow]) -> Evidence:
-        """Sum of the orders' counts, at most 1; nan where there are none."""
-        value, reasons = nothing(len(rows))
-        for number, row in enumerate(rows):
-            for text, where in ((row.system, "system prompt"), (row.prompt, "prompt")):
-                if not text:
-                    continue
-                total, said = _found(text) if text is row.system else matches(_ORDERS, plain(text, 1000))
-                if total and not total <= value[number]:
-                    value[number], reasons[number] = total, f"the {where} {' and '.join(said)}"
-        return Evidence(value, reasons, [None] * len(rows))
+    def look(self, row: AuditRow) -> tuple[float, str] | None:
+        """Sum of the orders' counts, at most 1; None where there are none."""
+        places = (
+            (_found(row.system) if row.system else (0.0, []), "system prompt"),
+            (matches(_ORDERS, plain(row.prompt, 1000)) if row.prompt else (0.0, []), "prompt"),
+        )
+        (total, said), where = max(places, key=lambda place: place[0][0])
+        return (total, f"the {where} {' and '.join(said)}") if total else None
 
     def settings(self) -> dict[str, object]:
         """The patterns."""

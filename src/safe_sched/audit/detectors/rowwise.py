@@ -1,0 +1,35 @@
+"""Detectors that look at one row at a time and learn nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from safe_sched.audit.detectors.patterns import nothing
+from safe_sched.audit.rows import AuditRow
+from safe_sched.audit.signals import Evidence, Sort
+
+
+class Rowwise:
+    """A detector in all but its name and `look`."""
+
+    kind: ClassVar[Sort] = "quality"
+    travels: ClassVar[bool] = True
+
+    def look(self, row: AuditRow) -> tuple[float, str] | None:
+        """The value of a row and the reason in words; None where there is nothing to say."""
+        raise NotImplementedError
+
+    def observe(self, rows: Sequence[AuditRow]) -> None:
+        """Nothing is learnt."""
+
+    def ready(self) -> None:
+        """Nothing is learnt."""
+
+    def score(self, rows: Sequence[AuditRow]) -> Evidence:
+        """What `look` says of each row, nan where that is nothing."""
+        value, reasons = nothing(len(rows))
+        for number, found in enumerate(map(self.look, rows)):
+            if found is not None:
+                value[number], reasons[number] = found
+        return Evidence(value, reasons, [None] * len(rows))
