@@ -24,6 +24,7 @@ import pyarrow.parquet
 
 import safe_sched
 from safe_sched.errors import DataError, StateError
+from safe_sched.files.whole import write_file
 from safe_sched.state import MANIFEST_FILE, STATE_FILE, header_of
 
 VERSION = 1
@@ -217,19 +218,11 @@ def _digest_of(path: Path) -> str | None:
 
 def _written(path: Path, data: bytes) -> None:
     """Write a file that is there as a whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        write_file(path, data, path.with_name(f".{path.name}.{os.getpid()}.part"))
     except OSError as error:
         raise StateError(
             f"{path} cannot be written ({error.strerror or error}), so nothing would show that this run is defended. "
             "Make room, or name another output folder."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from safe_sched.errors import OptionError, StateError
+from safe_sched.files.whole import write_file
 
 MANIFEST = "audit.json"
 _VERSION = 1
@@ -40,21 +40,10 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OptionError: It cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
     try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        write_file(path, data, path.with_name(f".{path.name}.part"))
     except OSError as error:
         raise OptionError(f"{path} cannot be written: {error.strerror or error}") from error
-    with contextlib.suppress(OSError):  # not every system can flush a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 class Shards:

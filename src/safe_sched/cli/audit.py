@@ -17,9 +17,8 @@ import pyarrow.parquet
 import typer
 from rich.console import Console
 
-from safe_sched.cli.screen import UNSCORED, errors_as_exit_codes, progress_bar
+from safe_sched.cli.screen import UNSCORED, DeviceOption, DtypeOption, errors_as_exit_codes, progress_bar
 from safe_sched.errors import OptionError
-from safe_sched.generation import Device, Dtype
 from safe_sched.mixing.explain import seen
 
 FOUND = 1
@@ -90,12 +89,8 @@ def audit(
         str | None, typer.Option(metavar="FOLDER", help="Of rows of tokens; MODEL's if unset.", show_default=False)
     ] = None,
     max_length: Annotated[int, typer.Option(metavar="TOKENS", help="Cut rows to this for MODEL.")] = 1024,
-    device: Annotated[
-        Device, typer.Option(metavar="DEVICE", help="cpu, cuda, or auto: a GPU if there is one.")
-    ] = "auto",
-    dtype: Annotated[
-        Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16, or auto: as the model is stored.")
-    ] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     seed: Annotated[int, typer.Option(metavar="N", help="Of whatever is drawn.")] = 0,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", metavar="", help="Say nothing but errors.", show_default=False)

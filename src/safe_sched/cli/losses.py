@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from safe_sched.cli.screen import errors_as_exit_codes, progress_bar
+from safe_sched.cli.screen import DeviceOption, DtypeOption, errors_as_exit_codes, progress_bar
 from safe_sched.errors import OptionError
-from safe_sched.hooks import Device, Dtype, RowLosses, RowLossesRequest, row_losses
+from safe_sched.hooks import RowLosses, RowLossesRequest, row_losses
 from safe_sched.reference import save_reference
 from safe_sched.rows import read_rows
 
@@ -41,12 +41,8 @@ def losses(
         Path | None, typer.Option(metavar="FILE", help="A Jinja template, not the model's own.", show_default=False)
     ] = None,
     batch_size: Annotated[int, typer.Option(metavar="ROWS", help="Rows of one forward pass.")] = 8,
-    device: Annotated[
-        Device, typer.Option(metavar="DEVICE", help="cpu, cuda, or auto: a GPU if there is one.")
-    ] = "auto",
-    dtype: Annotated[
-        Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16, or auto: as the model is stored.")
-    ] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> None:
     r"""Measure what a plain model loses on every row of a training file.
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from safe_sched.errors import NumericsError, SafeSchedError, UnscoredError
+from safe_sched.generation import Device, Dtype
 from safe_sched.mixing.explain import seen
 
 USAGE, UNSCORED = 2, 3
 """Exit codes: something that was given cannot be used; not all rows could be scored."""
+
+DeviceOption = Annotated[Device, typer.Option(metavar="DEVICE", help="cpu, cuda, or auto: a GPU if there is one.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16, or auto: as the model is stored.")
+]
 
 
 @contextlib.contextmanager
