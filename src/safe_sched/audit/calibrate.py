@@ -167,15 +167,14 @@ def calibrate(
         {row: scales[name](some[name]) for row, name in enumerate(values) if name in some} for some in both
     )
     weights = _start(len(values), anchors)
-    mixture = None
-    for _ in range(_ROUNDS if len(values) > 1 else 1):
-        score = weights @ z
-        mixture, grid, counts, ends = _mixture(score, weights, anchors, others)
+    score = weights @ z
+    mixture, grid, counts, ends = _mixture(score, weights, anchors, others)
+    for _ in range(_ROUNDS):
         if len(values) == 1 or mixture.share * score.size < 3:
             break
         weights = _worth(z, np.interp(score, grid, mixture.chance()), anchors)
-    score = weights @ z
-    mixture, grid, counts, ends = _mixture(score, weights, anchors, others)
+        score = weights @ z
+        mixture, grid, counts, ends = _mixture(score, weights, anchors, others)
     named = dict(zip(values, map(float, weights), strict=True))
     if labels is not None and labelled:
         curve, curves = _isotonic(score[known_rows], labels[known_rows], grid, rng)
