@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run as a s
 from bench.report import Section, markdown, show
 from examples.demo import measure, study, tasks, words
 from examples.demo import model as demo_model
-from safe_sched.flatness import Flatness, flatten
+from safe_sched.training.flat_alignment import Flatness, flatten
 from safe_sched_hf import FlatAlignmentCallback
 from safe_sched_hf.safety import SafetySet, safety_loss
 

@@ -35,7 +35,7 @@ from bench.tasks import TASKS
 from examples.demo import model as demo
 from examples.demo import tasks
 from safe_sched.audit.run import audit
-from safe_sched.rows import core_rows
+from safe_sched.data.rows import core_rows
 
 SEEN = ("gsm8k_test", "boolq_validation", "agnews_test", "rasbt_instruct")  # of the hosts, no row is in a file
 SIGNALS = ("antibody", "probe")

@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from safe_sched.audit.rows import AuditRow, audit_row
 from safe_sched.hooks import AuditRequest
-from safe_sched_hf.audit_forward import bucketed
-from safe_sched_hf.audit_model import AlignedModel
+from safe_sched_hf.audit.model import AlignedModel
+from safe_sched_hf.measure.forward import bucketed
 from safe_sched_hf.safety import pad_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run as a script: python bench/audit_model.py

@@ -28,7 +28,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run as a script: python bench/audit_speed.py
 from bench.report import Section, markdown, show
 from safe_sched.audit.run import audit
-from safe_sched.files import open_rows
+from safe_sched.data import open_rows
 
 HOSTS = {"gsm8k": "gsm8k_train", "boolq": "boolq_train", "agnews": "agnews_train", "dolly": "dolly"}
 

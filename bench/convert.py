@@ -19,7 +19,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run as a script: python bench/convert.py
 from bench.report import Section, show
-from safe_sched.files import RowWriter, open_rows
+from safe_sched.data import RowWriter, open_rows
 
 GROWTH = 32.0  # MiB that the largest file may take more than the smallest
 PAIRS = (

@@ -40,10 +40,10 @@ from sklearn.pipeline import make_pipeline
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run as a script: python bench/mimicry.py
 from bench.formats import SYNTHETIC, Made, make
 from bench.report import Section, markdown, show
+from safe_sched.data.rows import core_rows, read_rows
+from safe_sched.data.schemas import read
 from safe_sched.mixing.formats import TaskFormat, induce_format
-from safe_sched.mixing.schemas import read
 from safe_sched.mixing.templates import Filling, Template
-from safe_sched.rows import core_rows, read_rows
 
 TASKS = {"gsm8k": "gsm8k_train", "boolq": "boolq_train", "agnews": "agnews_train", "dolly": "dolly"}
 MARK = "<!-- results of bench/mimicry.py -->"

@@ -20,9 +20,9 @@ from rich.console import Console
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from safe_sched import BDS
-from safe_sched.index import RowIndex
-from safe_sched.types import Observation
-from safe_sched_hf.refusals import REFRESH
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Observation
+from safe_sched_hf.measure.refusals import REFRESH
 from safe_sched_hf.rows import index_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run as a script: python bench/overhead.py

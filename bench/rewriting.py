@@ -4,7 +4,7 @@
 
 No model writes anything. Texts that are known to be right or wrong stand where a rewritten prompt would: the request
 itself, the row's own refusal, the request of another row, and the request behind words that turn it into its opposite.
-Each is put into the task's form and given to `safe_sched.mixing.rewrite_checks.TaskChecks`, which is told the format by
+Each is put into the task's form and given to `mixing.rewriting.checks.TaskChecks`, which is told the format by
 64 prompts of the task, as in `rewrite`.
 
 The form is the text that all examples begin and end with. Where they share none, a stand-in gets "Think about it."
@@ -25,11 +25,11 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run as a script: python bench/rewriting.py
 from bench.report import Section, markdown, show
+from safe_sched.data.rows import core_rows, read_rows
+from safe_sched.data.schemas import read
 from safe_sched.mixing import task_prompts
-from safe_sched.mixing.rewrite_checks import TaskChecks
-from safe_sched.mixing.rewrite_words import common_start, turns_of
-from safe_sched.mixing.schemas import read
-from safe_sched.rows import core_rows, read_rows
+from safe_sched.mixing.rewriting.checks import TaskChecks
+from safe_sched.mixing.rewriting.words import common_start, turns_of
 
 TASKS = {"gsm8k": "gsm8k_train", "agnews": "agnews_train", "boolq": "boolq_train", "dolly": "dolly"}
 MARK, END = "<!-- results of bench/rewriting.py -->", "<!-- end of results -->"

@@ -29,8 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from safe_sched import BDS
-from safe_sched.record import rows_fingerprint
-from safe_sched.session import Session
+from safe_sched.training.record import rows_fingerprint
+from safe_sched.training.session import Session
 from safe_sched_hf import SafeSchedCallback
 from safe_sched_hf.rows import index_rows
 

@@ -23,10 +23,10 @@ from bench.report import markdown as page
 from examples.demo import model as demo_model
 from examples.demo import study, tasks, words
 from safe_sched import BDS, NeuralBDS
-from safe_sched.identity import layout_of
-from safe_sched.losses import nll_from_logits
+from safe_sched.rows.keys import layout_of
+from safe_sched.rows.nll import nll_from_logits
 from safe_sched_hf import SafeSchedCallback
-from safe_sched_hf.features import score_rows
+from safe_sched_hf.measure.features import score_rows
 from safe_sched_hf.safety import SafetySet
 
 Row = tasks.Row

@@ -36,10 +36,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import SFTConfig, SFTTrainer
 
 from safe_sched import BDS, Antibody
-from safe_sched.identity import IGNORE_INDEX
-from safe_sched.session import Session
-from safe_sched_hf import SafeSchedCallback, attachment
-from safe_sched_hf.refusals import Refusals
+from safe_sched.rows.keys import IGNORE_INDEX
+from safe_sched.training.session import Session
+from safe_sched_hf import SafeSchedCallback
+from safe_sched_hf import attach as attachment
+from safe_sched_hf.measure.refusals import Refusals
 from safe_sched_hf.safety import pad_rows
 
 THREADS = min(2, os.cpu_count() or 1)

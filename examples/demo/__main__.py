@@ -26,7 +26,7 @@ from . import measure, model, study, tasks
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from safe_sched.types import Scheduler
+    from safe_sched.scheduler import Scheduler
     from safe_sched_hf import SafeSchedCallback
 
 DEFENDED = "BDS"

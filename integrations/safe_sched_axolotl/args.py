@@ -11,7 +11,7 @@ class SafeSchedArgs(BaseModel):
     """Merged by Axolotl into its own configuration class, so it claims one name and no more.
 
     Attributes:
-        safe_sched: The block; see `safe_sched_hf.settings.Settings`.
+        safe_sched: The block; see `safe_sched_hf.config.Settings`.
 
     Example:
         >>> SafeSchedArgs(safe_sched={"method": "bds"}).safe_sched

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safe_sched.errors import OptionError
-from safe_sched_hf.settings import Settings, read_settings
+from safe_sched_hf.config import Settings, read_settings
 
 KEY = "safe_sched"
 """The block's key."""

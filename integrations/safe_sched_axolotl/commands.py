@@ -20,9 +20,9 @@ from rich.text import Text
 
 from safe_sched.cli.screen import USAGE, say_error
 from safe_sched.errors import OptionError, unknown_name
-from safe_sched.manifest import verify
 from safe_sched.mixing.explain import seen
-from safe_sched.state import MANIFEST_FILE
+from safe_sched.training.checkpoint import MANIFEST_FILE
+from safe_sched.training.manifest import verify
 from safe_sched_axolotl.block import KEY
 from safe_sched_axolotl.check import Plan, plan_of
 

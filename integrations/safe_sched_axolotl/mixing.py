@@ -16,10 +16,10 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from safe_sched.errors import DataError, OptionError
-from safe_sched.record import rows_fingerprint
+from safe_sched.training.record import rows_fingerprint
 from safe_sched_axolotl.block import KEY, plain
 from safe_sched_axolotl.data import WHERE, is_dataset_syntax, load
-from safe_sched_hf.settings import Settings
+from safe_sched_hf.config import Settings
 
 FOLDER = "safe_sched_mix"
 """Below ``dataset_prepared_path``."""

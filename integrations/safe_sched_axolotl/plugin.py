@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safe_sched.errors import DataError, ModelError, OptionError
-from safe_sched.record import seal
+from safe_sched.training.record import seal
 from safe_sched_axolotl.block import ADD_PLUGIN, KEY, PLUGIN, named_in, plain, require_block
 from safe_sched_axolotl.mixing import mix_datasets, refuse_prior, refuse_unmixable, source_of
 from safe_sched_axolotl.safety import safety_rows

@@ -12,10 +12,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from safe_sched.audit.axolotl_yaml import TYPES
-from safe_sched.audit.layouts import Columns
+from safe_sched.data.layouts import Columns
+from safe_sched.data.rows import read_rows
+from safe_sched.data.trainer_files.axolotl import TYPES
 from safe_sched.errors import DataError
-from safe_sched.rows import read_rows
 from safe_sched_axolotl.block import KEY, plain
 from safe_sched_axolotl.data import WHERE, checked_entry, is_dataset_syntax, load
 from safe_sched_hf.safety import prompt_and_completion

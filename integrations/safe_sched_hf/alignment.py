@@ -2,7 +2,7 @@
 
 One callback for the training run that aligns a model, on prompts with good answers and refusals. Beside each optimiser
 step it runs a batch of harmful rows at the parameters and at the point where a step of an attack would take them, and
-adds what makes that step worth less; see `safe_sched.flatness` for the equations.
+adds what makes that step worth less; see `safe_sched.training.flat_alignment` for the equations.
 
 ======================  ===========================================================================================
 the trainer             all micro-batches of the optimiser step: ``g_align`` in ``p.grad``
@@ -31,13 +31,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import safe_sched
+from safe_sched.data.rows import core_refusals, read_rows
 from safe_sched.errors import DataError, ModelError, OptionError, StateError, unknown_name
-from safe_sched.flatness import Flatness, Flattened, flatten
-from safe_sched.identity import IGNORE_INDEX
-from safe_sched.rows import core_refusals, read_rows
-from safe_sched.state import load_state, require_same, save_state
+from safe_sched.rows.keys import IGNORE_INDEX
+from safe_sched.training.checkpoint import load_state, require_same, save_state
+from safe_sched.training.flat_alignment import Flatness, Flattened, flatten
 from safe_sched_hf.callback import SafeSchedCallback
-from safe_sched_hf.probe import same_random_numbers
+from safe_sched_hf.measure.probe import same_random_numbers
 from safe_sched_hf.rows import first_rows
 from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, prompt_and_completion, safety_loss
 from safe_sched_hf.wrapping import Wrapping, calling_trainer, refuse_unsupported
@@ -74,7 +74,7 @@ class FlatAlignmentCallback(TrainerCallback):
             refusals that come with the package.
         rho: Length of the attack's step in the space of the trainable parameters, > 0.
         rule: How lambda is found: ``"theorem"``, ``"cosine"`` (the authors' code) or ``"constant"`` (with
-            ``lambda_refusal=0``: Booster). See `safe_sched.flatness`.
+            ``lambda_refusal=0``: Booster). See `safe_sched.training.flat_alignment`.
         xi: Of ``"theorem"``, >= 0: the sharpness falls at least as fast as ``xi * grad L_sharp`` alone would lower it.
         eta: Of ``"cosine"``, >= 0.
         strength: Of ``"constant"``, >= 0: lambda itself.

@@ -10,22 +10,22 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import safe_sched
+from safe_sched.data.rows import CORE
 from safe_sched.errors import DataError, OptionError, unknown_name
-from safe_sched.exchange import Exchange
-from safe_sched.record import RunRecord, versions
-from safe_sched.rows import CORE
+from safe_sched.estimators.head import Scorer
+from safe_sched.scheduler import Scheduler
 from safe_sched.schedulers import Lisa, build
-from safe_sched.scorer import Scorer
-from safe_sched.session import Normalizer, Session, require_normalizer
-from safe_sched.state import STATE_FILE
-from safe_sched.types import Scheduler
-from safe_sched_hf.alternation import Alternation, check_options, refuse_optimizer
-from safe_sched_hf.attachment import Attachment
+from safe_sched.training.checkpoint import STATE_FILE
+from safe_sched.training.ranks import Exchange
+from safe_sched.training.record import RunRecord, versions
+from safe_sched.training.session import Normalizer, Session, require_normalizer
+from safe_sched_hf.attach import Attachment
+from safe_sched_hf.distributed import exchange_of, telling
+from safe_sched_hf.lisa import Alternation, check_options, refuse_optimizer
+from safe_sched_hf.measure.probe import Probe
+from safe_sched_hf.measure.refusals import Refusals
 from safe_sched_hf.noise import add_noise
 from safe_sched_hf.prior import read_prior, require_prior
-from safe_sched_hf.probe import Probe
-from safe_sched_hf.ranks import exchange_of, telling
-from safe_sched_hf.refusals import Refusals
 from safe_sched_hf.rows import first_rows, index_rows
 from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, backward_safety_share
 from safe_sched_hf.sampling import Act, Sampling, require_act
@@ -65,17 +65,17 @@ class SafeSchedCallback(TrainerCallback):
             ``per_device_train_batch_size``, as many times as there are processes. They divide them among themselves.
         safety_weight: Factor of the safety loss, >= 0. At 0 the rows are not trained on: the scheduler only asks them.
         normalizer: What the weighted loss is a mean over: ``"token"``, the trainer's own; or ``"row"``, the mean over
-            rows of each row's mean. See `safe_sched.session.Session`.
+            rows of each row's mean. See `safe_sched.training.session.Session`.
         model_temperature: Temperature of Langevin noise on the model's own parameters, >= 0; 1 makes the run an SGLD
             sample of the posterior over the model as well (see `safe_sched_hf.noise`), 0 leaves the optimiser alone.
         act: What a weight does to a row. ``"weight"``: it multiplies what the row teaches. ``"sample"``: it is the
             probability that the row is trained on at all; rows left out cost nothing, and the expected gradient is the
-            same (see `safe_sched.sampling`).
+            same (see `safe_sched.training.sampling`).
         seed: Of the order of the safety rows, of that noise and of what is sampled. None: the trainer's seed.
         report: What is left in the output folder beside the manifest: ``"table"``, what `table` returns, or ``"none"``.
         prior: The column of the training set that says of every row how likely it is harmful, from 0 to 1, before the
             run: ``"safe_sched.p_harmful"`` in the rows that ``safe-sched audit --out`` writes. For `safe_sched.BDS`,
-            `safe_sched.NeuralBDS` and `safe_sched.Fixed`, see `safe_sched.prior`.
+            `safe_sched.NeuralBDS` and `safe_sched.Fixed`, see `safe_sched.estimators.prior`.
 
     Raises:
         OptionError: An option is unknown or out of range.
@@ -168,7 +168,7 @@ class SafeSchedCallback(TrainerCallback):
         Returns:
             ``row`` int64, ``key`` uint64 (the row's content), ``weight`` float32 (as of the last step), ``seen`` int32
             (how often its content was trained on); with `BDS` also ``p_harmful`` and its interval, see
-            `safe_sched.session.Session.table`.
+            `safe_sched.training.session.Session.table`.
         """
         return self.session.table()
 

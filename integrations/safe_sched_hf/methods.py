@@ -9,8 +9,8 @@ from typing import Any
 
 from safe_sched.errors import OptionError, SafeSchedError, unknown_name
 from safe_sched.hooks import third_party_schedulers
+from safe_sched.scheduler import Scheduler
 from safe_sched.schedulers import CATALOG, build, combine
-from safe_sched.types import Scheduler
 
 COMBINED = "combined"
 """The name of several methods as one: ``{name: combined, parts: [bds, antibody]}``."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_sched.identity import mix64
+from safe_sched.rows.keys import mix64
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ def safe_sched_row_losses(request: RowLossesRequest) -> RowLosses | None:
     """See `safe_sched.hooks.safe_sched_row_losses`; nothing where TRL is not installed."""
     if importlib.util.find_spec("trl") is None:
         return None
-    from safe_sched_hf.losses import row_losses
+    from safe_sched_hf.measure.row_losses import row_losses
 
     return row_losses(request)
 
@@ -39,7 +39,7 @@ def safe_sched_row_set(data: object) -> object | None:
     """See `safe_sched.hooks.safe_sched_row_set`; nothing unless it is a set of datasets."""
     if "datasets" not in sys.modules:  # then it cannot be one
         return None
-    from safe_sched_hf.mixing import row_set
+    from safe_sched_hf.data import row_set
 
     return row_set(data)
 
@@ -79,6 +79,6 @@ def safe_sched_command(name: str, arguments: Sequence[str]) -> int | None:
     """See `safe_sched.hooks.safe_sched_command`: ``trl``, where TRL is installed."""
     if name != "trl" or importlib.util.find_spec("trl") is None:
         return None
-    from safe_sched_hf.trl_cli import command
+    from safe_sched_hf.trl import command
 
     return command(arguments)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from safe_sched.errors import DataError, OptionError
-from safe_sched.prior import Informed
+from safe_sched.estimators.prior import Informed
 
 
 def require_prior(prior: Any, scheduler: Any) -> None:

@@ -1,4 +1,4 @@
-"""A chat model on this machine as a text generator, for `safe_sched.mixing.rewrite`.
+"""A chat model on this machine as a text generator, for `safe_sched.mixing.rewriting.rewrite`.
 
 The requests of a call run as one batch, padded on the left. Every request has its own random numbers, from its own
 seed: with Gumbel noise g, the likeliest token of ``log p + g`` is a sample of p. So a reply does not depend on what it

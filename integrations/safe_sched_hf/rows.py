@@ -21,9 +21,9 @@ from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
 from safe_sched.errors import DataError
-from safe_sched.identity import Layout, keys_of, keys_of_flat, layout_of
-from safe_sched.index import RowIndex
-from safe_sched.losses import label_counts
+from safe_sched.rows.index import RowIndex
+from safe_sched.rows.keys import Layout, keys_of, keys_of_flat, layout_of
+from safe_sched.rows.nll import label_counts
 
 _TRIED = 16  # rows that decide whether the fast path is right
 _CHUNK = 1 << 17  # tokens read at once: arrays that stay in the cache; ten times as many take ten times as long

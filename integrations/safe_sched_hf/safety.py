@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from safe_sched.data.rows import read_rows
 from safe_sched.errors import DataError, NumericsError
-from safe_sched.exchange import Exchange
-from safe_sched.identity import IGNORE_INDEX, keys_of_flat
-from safe_sched.index import RowIndex
-from safe_sched.rows import read_rows
+from safe_sched.rows.index import RowIndex
+from safe_sched.rows.keys import IGNORE_INDEX, keys_of_flat
+from safe_sched.training.ranks import Exchange
 
 SafetyData = str | Path | Iterable[Mapping[str, Any]]
 _SCHEMAS = "messages; conversations; prompt and completion; text; input_ids (with labels)"
@@ -36,7 +36,7 @@ class SafetySet:
     """Token rows of a safety set, and the batch of every step.
 
     Args:
-        data: The rows, or where they are; see `safe_sched.rows.read_rows`.
+        data: The rows, or where they are; see `safe_sched.data.rows.read_rows`.
         tokenizer: The trainer's tokenizer or processor; needed unless the rows are token rows.
         max_length: Rows are cut to this many tokens, as the trainer cuts its own; None to keep them whole.
         batch_size: Rows per optimiser step, on all ranks together.
@@ -104,7 +104,7 @@ class SafetySet:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def fingerprint(self) -> str:
-        """A name for the rows, whatever their order; see `safe_sched.index.RowIndex.fingerprint`."""
+        """A name for the rows, whatever their order; see `safe_sched.rows.index.RowIndex.fingerprint`."""
         tokens, labels = (torch.cat(column) for column in zip(*self.rows, strict=True))
         lengths = torch.tensor([row.numel() for row, _ in self.rows])
         return RowIndex(keys_of_flat(tokens, labels, lengths)[0]).fingerprint()

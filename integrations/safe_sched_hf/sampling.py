@@ -21,9 +21,9 @@ from torch.utils.data import BatchSampler
 from transformers import Trainer
 
 from safe_sched.errors import CoverageError, DataError, ModelError, OptionError
-from safe_sched.index import RowIndex
-from safe_sched.sampling import Draws, Items, Step
-from safe_sched.session import Batch, Session
+from safe_sched.rows.index import RowIndex
+from safe_sched.training.sampling import Draws, Items, Step
+from safe_sched.training.session import Batch, Session
 from safe_sched_hf.rows import keys_of_table
 
 Act = Literal["weight", "sample"]
@@ -185,7 +185,7 @@ class Sampling:
         Args:
             turn: From `take`.
             batches: Those of its micro-batches that are not idle.
-            mean: See `safe_sched.sampling.Step.scales`.
+            mean: See `safe_sched.training.sampling.Step.scales`.
             trained: Label tokens that the trainer's loss is a mean over, where that is ``"step"``.
 
         Raises:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from safe_sched.errors import ModelError
-from safe_sched.exchange import Exchange
-from safe_sched.probe import GAIN
+from safe_sched.estimators.probe import GAIN
 from safe_sched.schedulers import Lisa
+from safe_sched.training.ranks import Exchange
 
 
 def reshard(model: nn.Module) -> None:
@@ -29,7 +29,7 @@ def reshard(model: nn.Module) -> None:
 
 
 class ShardedDirection:
-    """See `safe_sched.probe.Direction`.
+    """See `safe_sched.estimators.probe.Direction`.
 
     Args:
         model: Sharded.

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safe_sched.audit.yaml_files import read_yaml
+from safe_sched.data.trainer_files.yaml_files import read_yaml
 from safe_sched.errors import OptionError
-from safe_sched_hf.settings import Settings, read_settings
+from safe_sched_hf.config import Settings, read_settings
 
 BLOCK = "safe_sched"
 """The block's key in the YAML; on the command line, ``--safe_sched.KEY VALUE``."""

@@ -1,7 +1,7 @@
 """Asking a language model for texts: what the core asks for, and what answers.
 
 A *text generator* is anything with the three members of `TextGenerator`: a server
-(`safe_sched.mixing.endpoint.Endpoint`), or a model on this machine, which an integration brings through the hook
+(`mixing.rewriting.endpoint.Endpoint`), or a model on this machine, which an integration brings through the hook
 `safe_sched.hooks.safe_sched_text_generator`. Nothing here imports a model or opens a connection.
 """
 

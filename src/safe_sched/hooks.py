@@ -37,7 +37,7 @@ from safe_sched.generation import Device, Dtype, LocalModel, TextGenerator
 
 if TYPE_CHECKING:
     from safe_sched.audit.signals import Detector
-    from safe_sched.mixing.tokens import Tokenizer
+    from safe_sched.data.tokens import Tokenizer
 
 PROJECT = "safe_sched"
 """The name of the entry point group."""
@@ -99,7 +99,7 @@ class RowLosses:
     """One entry per row, in the order of the request.
 
     Attributes:
-        keys: int64 (rows,), see `safe_sched.identity`; of no meaning where ``label_tokens`` is 0.
+        keys: int64 (rows,), see `safe_sched.rows.keys`; of no meaning where ``label_tokens`` is 0.
         nll: float32 (rows,), mean loss of the row's label tokens in nats per token.
         label_tokens: int64 (rows,), 0 for a row that training would leave out.
     """
@@ -195,14 +195,14 @@ def safe_sched_row_losses(request: RowLossesRequest) -> RowLosses | None:  # pyr
 def safe_sched_schedulers() -> Mapping[str, type]:  # pyright: ignore[reportReturnType]
     """Schedulers by name, for `safe_sched.schedulers.catalog.build`.
 
-    Each is a class whose arguments are its options, and whose instances are a `safe_sched.types.Scheduler`. A name
+    Each is a class whose arguments are its options, and whose instances are a `safe_sched.scheduler.Scheduler`. A name
     that is built in stays what it is.
     """
 
 
 @hookspec(firstresult=True)
 def safe_sched_text_generator(request: LocalModel) -> TextGenerator | None:  # pyright: ignore[reportReturnType]
-    """A chat model on this machine that answers `safe_sched.generation.TextRequest`, for `safe_sched.mixing.rewrite`.
+    """A chat model on this machine that answers `safe_sched.generation.TextRequest`, for rewriting.
 
     The model is loaded when it is first asked, not here. The first answer that is not None counts: return None where
     what is needed is not installed.
@@ -219,7 +219,7 @@ def safe_sched_row_set(data: object) -> object | None:
 
 @hookspec(firstresult=True)
 def safe_sched_open_source(source: str) -> Iterable[Mapping[str, Any]] | None:  # pyright: ignore[reportReturnType]
-    """The rows of a data set that is no file, such as ``"hf://owner/name:split"``, for `safe_sched.files.open_rows`.
+    """The rows of a data set that is no file, such as ``"hf://owner/name:split"``, for `safe_sched.data.open_rows`.
 
     They are gone through once or several times, and must not be held in memory. The first answer that is not None
     counts: return None for what is another plugin's, or where what is needed is not installed.
@@ -376,11 +376,11 @@ class NamedTokenizer:
         return {"_name": self._name, "_loaded": None}  # quick to send to other processes
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """See `safe_sched.mixing.tokens.Tokenizer`."""
+        """See `safe_sched.data.tokens.Tokenizer`."""
         return self._here().encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
-        """See `safe_sched.mixing.tokens.Tokenizer`."""
+        """See `safe_sched.data.tokens.Tokenizer`."""
         return self._here().decode(
             token_ids,
             skip_special_tokens=skip_special_tokens,

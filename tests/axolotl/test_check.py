@@ -17,7 +17,7 @@ pytest.importorskip("axolotl")
 from safetensors.torch import load_file
 
 from safe_sched.cli import app
-from safe_sched.manifest import verify
+from safe_sched.training.manifest import verify
 from tests.axolotl.runs import LORA, chats, config, defended, page_config, train, write_rows
 from tests.support import largest_difference, single_thread
 

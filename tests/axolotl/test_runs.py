@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("axolotl")
 
 from safe_sched.errors import OptionError
-from safe_sched.manifest import verify
 from safe_sched.schedulers import Fixed
+from safe_sched.training.manifest import verify
 from safe_sched_hf import SafeSchedCallback
 from tests.axolotl import runs
 from tests.axolotl.runs import LORA, PACKED, Run, config, defended, train

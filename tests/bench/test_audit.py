@@ -11,7 +11,7 @@ import pytest
 
 from bench import audit
 from bench.audit import HOSTS, INERT, make, placeholder
-from safe_sched.rows import core_rows
+from safe_sched.data.rows import core_rows
 
 HOST = [
     {

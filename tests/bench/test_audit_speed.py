@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import audit_speed
-from safe_sched.files import open_rows
+from safe_sched.data import open_rows
 
 pytest.importorskip("sklearn")
 

@@ -12,9 +12,9 @@ import pytest
 from bench import mimicry
 from bench.formats import SYNTHETIC, make
 from bench.mimicry import MARK, TASKS, agreement, auroc, halves, prompts_of, reproduction, words_masked
+from safe_sched.data.rows import core_rows
 from safe_sched.mixing.formats import TaskFormat, induce_format
 from safe_sched.mixing.templates import ANYTHING
-from safe_sched.rows import core_rows
 
 
 def test_masked_texts_keep_no_letter_but_those_of_the_shapes() -> None:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from bench import overhead, turns
-from safe_sched.refusal import branches_of, openings_of
+from safe_sched.estimators.refusal_odds import branches_of, openings_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = turns.Sizes(hidden=32, layers=1, vocabulary=200, sequence=16, batch=4)

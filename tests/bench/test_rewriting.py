@@ -9,8 +9,8 @@ import pytest
 
 from bench import rewriting
 from bench.rewriting import END, MARK, TASKS, TURNED, Safety, form_of, has_turn, others, safety_of, stand_ins, used
-from safe_sched.mixing.rewrite_checks import Checks, TaskChecks
-from safe_sched.rows import core_rows
+from safe_sched.data.rows import core_rows
+from safe_sched.mixing.rewriting.checks import Checks, TaskChecks
 
 TOPICS = ("is rain wet", "do cats bark", "can iron rust", "does ice float", "are primes odd", "do ants fly")
 FIXED = [f"Question: {topic}? Answer yes or no." for topic in TOPICS]

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from safe_sched.identity import Layout, keys_of, layout_of
+from safe_sched.rows.keys import Layout, keys_of, layout_of
 
 laws = settings(max_examples=30, deadline=None)
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from safe_sched.index import RowIndex
-from safe_sched.types import Evidential, Observation, Scheduler, State
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Evidential, Observation, Scheduler, State
 
 DISTINCT = [40, 10, 30, 20, 60, 50]
 DUPLICATED = [40, 10, 40, 20, 10, 40, 50]

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safe_sched.errors import CoverageError, ModelError, NumericsError, OptionError, StateError
-from safe_sched.evidence import LIMIT
-from safe_sched.index import RowIndex
+from safe_sched.estimators.calibration import LIMIT
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Observation
 from safe_sched.schedulers import Antibody, build
 from safe_sched.schedulers.antibody import EARLY, OTHERS, AntibodyState, Check
-from safe_sched.session import Session
-from safe_sched.types import Observation
+from safe_sched.training.session import Session
 from tests.core.batches import Row, laws, pad, row
 from tests.core.runs import same
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtri
 
-from safe_sched.audit.calibrate import SHARE_LEVEL, Calibration, _elsewhere, calibrate
-from safe_sched.audit.density import fit_mixture
+from safe_sched.audit.calibration.calibrate import SHARE_LEVEL, Calibration, _elsewhere, calibrate
+from safe_sched.audit.calibration.mixture import fit_mixture
 
 ROWS = 2000
 

@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 from safe_sched.audit import audit
 from safe_sched.audit.findings import COLUMNS
 from safe_sched.cli import app
+from safe_sched.data import open_rows
+from safe_sched.data.rows import core_rows
 from safe_sched.errors import StateError
-from safe_sched.files import open_rows
-from safe_sched.rows import core_rows
 
 ADDED = [f"safe_sched.{name}" for name, _ in COLUMNS if name not in ("row", "where")]
 
@@ -101,7 +101,7 @@ def test_lists_in_cells_of_csv_are_json(here: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["json", "csv", "arrow", "jsonl.gz", "csv.zst"])
 def test_the_same_kind_comes_out(ending: str, here: Path) -> None:
-    from safe_sched.files import RowWriter
+    from safe_sched.data import RowWriter
 
     with RowWriter(f"t.{ending}") as out:
         for row in ROWS[:40]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safe_sched.audit.calibrate import Calibration, calibrate
-from safe_sched.audit.contrast import YIELDS, Contrast
+from safe_sched.audit.calibration.calibrate import Calibration, calibrate
+from safe_sched.audit.calibration.contrast import YIELDS, Contrast
 
 RNG = np.random.default_rng(0)
 ROWS, BAD = 1000, 50

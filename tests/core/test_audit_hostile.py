@@ -28,9 +28,9 @@ from typer.testing import CliRunner
 
 from safe_sched.audit.run import audit
 from safe_sched.cli import app
+from safe_sched.data import NAMED, RowWriter, open_rows
+from safe_sched.data.kinds import MAX_ROW
 from safe_sched.errors import DataError, SafeSchedError
-from safe_sched.files import NAMED, RowWriter, open_rows
-from safe_sched.files.kinds import MAX_ROW
 
 pytest.importorskip("sklearn")
 

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from safe_sched.audit.engine import Shard, score_shard
-from safe_sched.audit.rank_engine import _joined, _share
+from safe_sched.audit.engines.ranks import _joined, _share
+from safe_sched.audit.engines.shard import Shard, score_shard
 from safe_sched.audit.rows import audit_row
 from safe_sched.audit.run import audit
 from safe_sched.cli import app

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from safe_sched.audit.engine import LocalEngine, Shard, score_shard
-from safe_sched.audit.ray_engine import AHEAD, RayEngine
+from safe_sched.audit.engines.ray import AHEAD, RayEngine
+from safe_sched.audit.engines.shard import LocalEngine, Shard, score_shard
 from safe_sched.audit.rows import AuditRow, audit_row
 from safe_sched.audit.run import audit
 from safe_sched.audit.signals import Evidence
 from safe_sched.cli import app
+from safe_sched.data import RowWriter
 from safe_sched.errors import DataError, OptionError, PluginError
-from safe_sched.files import RowWriter
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"Question {n}?", "completion": "Yes. " * (n % 7)} for n in range(230)]
 ROWS[17] = {"prompt": 1, "completion": "no row"}

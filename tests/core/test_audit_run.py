@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 import safe_sched.audit
 from safe_sched.audit import Evidence, Findings, audit, audit_row, passes
 from safe_sched.audit.findings import COLUMNS
+from safe_sched.data import RowWriter, open_rows
+from safe_sched.data.export import export
 from safe_sched.errors import DataError, OptionError, PluginError, StateError, UnscoredError
-from safe_sched.export import export
-from safe_sched.files import RowWriter, open_rows
 from tests.core.audited import WORD, Counts, Long, some_rows
 
 ROWS = some_rows(300)

@@ -14,14 +14,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from safe_sched import hooks
-from safe_sched.audit import layouts
-from safe_sched.audit.axolotl_yaml import TYPES
-from safe_sched.audit.data_source import DataSource
 from safe_sched.audit.rows import audit_row
-from safe_sched.audit.sources import sources_of
-from safe_sched.audit.yaml_files import MAX_BYTES, MAX_KEYS
+from safe_sched.data import KINDS, BadRow, RowWriter, layouts, open_rows
+from safe_sched.data.named_sources import sources_of
+from safe_sched.data.sources import DataSource
+from safe_sched.data.trainer_files.axolotl import TYPES
+from safe_sched.data.trainer_files.yaml_files import MAX_BYTES, MAX_KEYS
 from safe_sched.errors import DataError, OptionError, SafeSchedError
-from safe_sched.files import KINDS, BadRow, RowWriter, open_rows
 from tests.core.batches import laws
 
 yaml = pytest.importorskip("yaml")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from safe_sched.audit import Findings, audit
+from safe_sched.data import RowWriter
 from safe_sched.errors import DataError, OptionError, PluginError, StateError
-from safe_sched.files import RowWriter
 from safe_sched.hooks import NamedTokenizer, manager
 from safe_sched.hooks import hookimpl as implements
 from tests.core.audited import Counts, Long, some_rows
@@ -111,7 +111,7 @@ def test_without_a_plugin_that_knows_it_the_error_says_what_to_install(monkeypat
 
 def test_tokens_of_a_file_and_in_other_processes(tmp_path: Path) -> None:
     """The tokenizer stays here, whatever it holds: what scores elsewhere gets texts."""
-    from safe_sched.audit.engine import Shard, light
+    from safe_sched.audit.engines.shard import Shard, light
     from safe_sched.audit.inputs import Inputs, Rows
 
     with RowWriter(tmp_path / "rows.jsonl") as out:

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from safe_sched.audit import Evidence, Findings, audit, engine
-from safe_sched.audit.engine import LocalEngine
+from safe_sched.audit import Evidence, Findings, audit
+from safe_sched.audit.engines import shard as engine
+from safe_sched.audit.engines.shard import LocalEngine
 from safe_sched.errors import DataError, OptionError, PluginError
 from tests.core.audited import Counts, Long, some_rows
 
@@ -186,7 +187,7 @@ def test_processes_are_started_where_that_pays(
         counts.append(processes)
         raise OptionError("stop")
 
-    monkeypatch.setattr("safe_sched.audit.workers.Workers", count)
+    monkeypatch.setattr("safe_sched.audit.engines.workers.Workers", count)
     with LocalEngine(None) as one:
         one.prepare([Counts()], rows)  # nothing here can be scored elsewhere
         assert not counts

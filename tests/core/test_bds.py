@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safe_sched.errors import DataError, OptionError
-from safe_sched.evidence import Calibration
-from safe_sched.index import RowIndex
-from safe_sched.reference import save_reference
+from safe_sched.estimators.calibration import Calibration
+from safe_sched.estimators.reference import save_reference
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Observation
 from safe_sched.schedulers import BDS
 from safe_sched.schedulers import bds as bds_module
 from safe_sched.schedulers.bds import EARLY, BDSState
-from safe_sched.session import Session
-from safe_sched.types import Observation
+from safe_sched.training.session import Session
 from tests.core.batches import pad, row
 from tests.core.runs import DISTINCT, same
 from tests.core.test_posterior import agree

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import safe_sched
 from safe_sched.cli import app
 from safe_sched.errors import DataError, ModelError, NumericsError
+from safe_sched.estimators.reference import load_reference
 from safe_sched.hooks import RowLosses, RowLossesRequest, hookimpl, manager
-from safe_sched.index import RowIndex
-from safe_sched.reference import load_reference
+from safe_sched.rows.index import RowIndex
 
 ROWS = [{"text": "a b"}, {"text": "c d"}, {"text": "e f"}]
 KEYS = torch.tensor([7, -3, 12])

@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from safe_sched.cli import app
-from safe_sched.files import open_rows
-from safe_sched.mixing.endpoint import Endpoint
+from safe_sched.data import open_rows
 from safe_sched.mixing.mix import SAMPLE, mix
-from safe_sched.mixing.mixture import PROVENANCE
+from safe_sched.mixing.plan import PROVENANCE
+from safe_sched.mixing.rewriting.endpoint import Endpoint
 
 REFUSAL = "I can't help with that."
 SAFETY = [{"prompt": f"How do I break into {i} cars?", "completion": REFUSAL} for i in range(9)]

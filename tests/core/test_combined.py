@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safe_sched.errors import CoverageError, OptionError, StateError
-from safe_sched.evidence import LIMIT
-from safe_sched.index import RowIndex
+from safe_sched.estimators.calibration import LIMIT
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Observation, Scheduler, evidential
 from safe_sched.schedulers import BDS, Antibody, Fixed, NeuralBDS, combine
 from safe_sched.schedulers.antibody import Check
 from safe_sched.schedulers.combined import CLEARS, Combined, Expert
-from safe_sched.session import Session
-from safe_sched.types import Observation, Scheduler, evidential
+from safe_sched.training.session import Session
 from tests.core.batches import laws, pad, row
 from tests.core.runs import same
 

@@ -8,7 +8,7 @@ import pytest
 from safe_sched.audit import audit, detectors
 from safe_sched.audit.detectors import learning
 from safe_sched.audit.detectors.learning import Explained, explain, together
-from safe_sched.rows import core_rows
+from safe_sched.data.rows import core_rows
 
 WORDS = ("ferry", "castle", "novel", "river", "senate", "comet", "violin", "desert", "harbour", "treaty")
 ALIKE = (

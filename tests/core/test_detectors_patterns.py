@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safe_sched.audit.detectors import Compliance, Hidden, Identity, Refusal, Wrapper, default_detectors
 from safe_sched.audit.rows import AuditRow, audit_row
 from safe_sched.audit.signals import Detector
-from safe_sched.rows import core_refusals
+from safe_sched.data.rows import core_refusals
 
 PLAIN = (
     ("How many apples are in three bags of twelve?", "There are 36 apples."),

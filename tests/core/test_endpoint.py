@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from safe_sched.data.rows import core_rows
 from safe_sched.errors import EndpointError, OptionError, SafeSchedError
 from safe_sched.generation import TextGenerator, TextReply, TextRequest
-from safe_sched.mixing.endpoint import Endpoint
-from safe_sched.mixing.endpoint_http import LARGEST_BODY
-from safe_sched.mixing.rewrite import rewrite
-from safe_sched.rows import core_rows
+from safe_sched.mixing.rewriting.endpoint import Endpoint
+from safe_sched.mixing.rewriting.endpoint_http import LARGEST_BODY
+from safe_sched.mixing.rewriting.rewrite import rewrite
 
 KEY = "sk-very-secret-0123456789"
 

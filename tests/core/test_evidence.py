@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safe_sched.errors import DataError
-from safe_sched.evidence import LIMIT, Calibration
-from safe_sched.index import RowIndex
-from safe_sched.reference import load_reference, save_reference
+from safe_sched.estimators.calibration import LIMIT, Calibration
+from safe_sched.estimators.reference import load_reference, save_reference
+from safe_sched.rows.index import RowIndex
 from tests.core.batches import laws
 
 # calibration ----------------------------------------------------------------------------------------------------------

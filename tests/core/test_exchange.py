@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safe_sched.errors import CoverageError, DataError
-from safe_sched.index import RowIndex
-from safe_sched.sampling import Draws, Items
+from safe_sched.rows.index import RowIndex
 from safe_sched.schedulers import BDS, Fixed, NeuralBDS
-from safe_sched.session import Session
+from safe_sched.training.sampling import Draws, Items
+from safe_sched.training.session import Session
 from tests.core.batches import pad, row
 
 laws = settings(max_examples=10, deadline=None)  # each starts threads

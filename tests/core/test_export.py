@@ -15,17 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from safe_sched import Fixed, export
+from safe_sched import Fixed
 from safe_sched.cli import app
+from safe_sched.data import export, open_rows
+from safe_sched.data.export import Exported
+from safe_sched.data.export import export as write_weights
+from safe_sched.data.rows import read_rows
 from safe_sched.errors import DataError, OptionError
-from safe_sched.export import Exported
-from safe_sched.export import export as write_weights
-from safe_sched.files import open_rows
-from safe_sched.identity import keys_of, layout_of
-from safe_sched.index import RowIndex
 from safe_sched.mixing import SCHEMAS, detect
-from safe_sched.rows import read_rows
-from safe_sched.session import Session
+from safe_sched.rows.index import RowIndex
+from safe_sched.rows.keys import keys_of, layout_of
+from safe_sched.training.session import Session
 from tests.core.batches import laws
 from tests.core.test_schemas import ROWS as EVERY_SCHEMA
 

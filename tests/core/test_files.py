@@ -22,12 +22,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from safe_sched import hooks
+from safe_sched.data import KINDS, NAMED, RowWriter, open_rows
+from safe_sched.data import readers as reading_module
+from safe_sched.data.columns import AT_ONCE
+from safe_sched.data.kinds import CHUNK, MAX_ROW
+from safe_sched.data.rows import read_rows
 from safe_sched.errors import DataError, OptionError, PluginError, SafeSchedError
-from safe_sched.files import KINDS, NAMED, RowWriter, open_rows
-from safe_sched.files import readers as reading_module
-from safe_sched.files.columns import AT_ONCE
-from safe_sched.files.kinds import CHUNK, MAX_ROW
-from safe_sched.rows import read_rows
 from tests.core.batches import laws
 
 ENDINGS = list(KINDS)
@@ -236,7 +236,7 @@ def test_a_list_is_read_alike_however_it_is_cut_into_pieces(size, monkeypatch, t
     rows = [{"a": '\\"é🎲\u2028', "n": [-1.5e-7, True, None, False, {}]}, {}, {"b": "[{]},", "c": 120}]
     path = tmp_path / "r.json"
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
-    monkeypatch.setattr("safe_sched.files.strict_json.CHUNK", size)
+    monkeypatch.setattr("safe_sched.data.strict_json.CHUNK", size)
     assert load(path) == rows
     path.write_text("[1, 22, 333]")
     with pytest.raises(DataError, match="a int"):

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-import safe_sched.flatness as flatness
+import safe_sched.training.flat_alignment as flatness
 from safe_sched.errors import ModelError, NumericsError, OptionError
-from safe_sched.flatness import EMA, Flatness, Products, attack_scale, flatten, moved, scale_to_gain
+from safe_sched.training.flat_alignment import EMA, Flatness, Products, attack_scale, flatten, moved, scale_to_gain
 
 VECTORS = st.integers(0, 10_000).map(lambda seed: np.random.default_rng(seed).standard_normal((2, 6)))
 

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from bench.formats import AOA, SYNTHETIC, make, noise, passage, phrase
+from safe_sched.data.schemas import SCHEMAS, detect, read
 from safe_sched.errors import DataError, OptionError
 from safe_sched.mixing import formats, templates
 from safe_sched.mixing.answers import KINDS, shape_of
 from safe_sched.mixing.blend import Place, Profiler, choose, clauses, put
 from safe_sched.mixing.formats import TaskFormat, induce_format
 from safe_sched.mixing.options import MARK, OptionStyle, style_of
-from safe_sched.mixing.schemas import SCHEMAS, detect, read
 from safe_sched.mixing.templates import ANYTHING, Filling, Template, learn
 
 REFUSAL = "I can't help with that."

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from safe_sched.gate import scale_gradient, token_weights
+from safe_sched.training.gate import scale_gradient, token_weights
 from tests.core.batches import Micro, any_rows, laws, pack, pad, row
 
 VOCABULARY = 6

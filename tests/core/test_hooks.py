@@ -15,8 +15,8 @@ import torch
 from safe_sched import Fixed, hooks
 from safe_sched.errors import OptionError, PluginError, UnscoredError
 from safe_sched.hooks import RowLosses, RowLossesRequest, hookimpl, manager, row_losses
+from safe_sched.scheduler import Scheduler
 from safe_sched.schedulers import BDS, CATALOG, build
-from safe_sched.types import Scheduler
 
 ROWS = [{"text": "a"}, {"text": "b"}]
 

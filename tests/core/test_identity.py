@@ -7,9 +7,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from safe_sched import identity
 from safe_sched.errors import DataError
-from safe_sched.identity import keys_of, keys_of_flat, label_positions, layout_of, mix64, sum_by_row
+from safe_sched.rows import keys as identity
+from safe_sched.rows.keys import keys_of, keys_of_flat, label_positions, layout_of, mix64, sum_by_row
 from tests.core.batches import BOUNDARIES, Row, any_row, any_rows, laws, pack, pad, row
 
 WORD = 2**64

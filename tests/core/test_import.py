@@ -28,4 +28,4 @@ def test_importing_the_core_imports_no_trainer():
     assert not {"typer", "rich", "pluggy"} & set(package)  # for the command line and for plugins, when they are used
     assert {"torch", "pydantic", "safe_sched"} <= set(package)
     assert {"safetensors", "pyarrow", "typer", "rich", "pluggy"} <= set(everything)
-    assert {"safe_sched.session", "safe_sched.schedulers.bds", "safe_sched.cli.losses"} <= set(parts)
+    assert {"safe_sched.training.session", "safe_sched.schedulers.bds", "safe_sched.cli.losses"} <= set(parts)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safe_sched.errors import DataError
-from safe_sched.index import RowIndex
+from safe_sched.rows.index import RowIndex
 from tests.core.batches import laws
 
 # few different keys, of both signs, extremes among them

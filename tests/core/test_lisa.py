@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from safe_sched import BDS, Antibody, Fixed, Lisa, NeuralBDS, combine
 from safe_sched.errors import ModelError, OptionError, StateError
-from safe_sched.index import RowIndex
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Observation, Scheduler, evidential
 from safe_sched.schedulers.lisa import LisaState, copy_of, distance, pull
-from safe_sched.session import Session
-from safe_sched.types import Observation, Scheduler, evidential
+from safe_sched.training.session import Session
 
 INDEX = RowIndex(torch.tensor([40, 10, 30, 20]))
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from safe_sched.losses import label_counts, nll_from_log_probs, nll_from_logits
+from safe_sched.rows.nll import label_counts, nll_from_log_probs, nll_from_logits
 from tests.core.batches import Micro, Row, any_rows, laws, pack, pad, row
 
 VOCABULARY = 6

@@ -18,13 +18,13 @@ import torch.utils.data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safe_sched.data.schemas import detect, read
 from safe_sched.errors import DataError, OptionError
 from safe_sched.hooks import hookimpl, manager
 from safe_sched.mixing.formats import induce_format
 from safe_sched.mixing.mix import SAMPLE, mimic, mix
-from safe_sched.mixing.mixture import PROVENANCE, Mixture
+from safe_sched.mixing.plan import PROVENANCE, Mixture
 from safe_sched.mixing.schedule import Schedule, interleave
-from safe_sched.mixing.schemas import detect, read
 from safe_sched.mixing.sets import MixedRows, MixedStream, RowSet
 
 SHARES = st.sampled_from([0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.25, 1 / 3, 0.5, 0.6, 0.9, 0.99]) | st.floats(0, 0.99)

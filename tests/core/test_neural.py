@@ -13,12 +13,12 @@ from torch import Tensor
 
 from safe_sched import BDS, NeuralBDS
 from safe_sched.errors import DataError, OptionError, StateError
-from safe_sched.index import RowIndex
-from safe_sched.posterior import normal
+from safe_sched.estimators.head import BIAS, Head, Scorer, expected_sigmoid
+from safe_sched.estimators.sgld import normal
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Evidential, Observation, Scheduler
 from safe_sched.schedulers.neural import NeuralState
-from safe_sched.scorer import BIAS, Head, Scorer, expected_sigmoid
-from safe_sched.session import Session
-from safe_sched.types import Evidential, Observation, Scheduler
+from safe_sched.training.session import Session
 
 HEADS = ["linear", "mlp"]
 ENERGIES = ["mixture", "weights"]
@@ -75,7 +75,7 @@ def same(a: NeuralState, b: NeuralState) -> bool:
 
 
 def slow_logit(head: Head, phi: Tensor, u: Tensor) -> Tensor:
-    """One row, one chain, from the equations of `safe_sched.scorer`."""
+    """One row, one chain, from the equations of `safe_sched.estimators.head`."""
     if head.kind == "linear":
         return head.std * sum(phi[i] * u[i] for i in range(head.width)) + BIAS * phi[-1]
     hidden, inputs = 16, head.inputs

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from safe_sched import posterior
-from safe_sched.posterior import Langevin, acceptance, effective_draws, normal, rhat, sample, step
+from safe_sched.estimators import sgld as posterior
+from safe_sched.estimators.sgld import Langevin, acceptance, effective_draws, normal, rhat, sample, step
 
 ROWS = torch.arange(50)
 UNSEEN = torch.zeros(50, dtype=torch.long)

@@ -11,11 +11,11 @@ import torch
 
 from safe_sched import BDS, Antibody, Fixed, NeuralBDS
 from safe_sched.errors import DataError, OptionError
-from safe_sched.index import RowIndex
-from safe_sched.prior import RowPrior
+from safe_sched.estimators.prior import RowPrior
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Observation
 from safe_sched.schedulers.combined import combine
-from safe_sched.session import Session
-from safe_sched.types import Observation
+from safe_sched.training.session import Session
 
 KEYS = torch.tensor([50, 10, 40, 20, 30])
 P = [0.05, 0.9, 0.05, 0.2, 0.3]  # their mean is 0.3

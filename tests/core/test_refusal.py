@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safe_sched.errors import DataError
-from safe_sched.refusal import (
+from safe_sched.estimators.refusal_odds import (
     PHRASE,
     Answer,
     Branches,

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from safe_sched.errors import OptionError, StateError
-from safe_sched.index import RowIndex
-from safe_sched.schedulers import BDS, Fixed, released
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Observation
+from safe_sched.schedulers import BDS, Fixed
+from safe_sched.schedulers import bds_released as released
+from safe_sched.schedulers.bds_released import Released
 from safe_sched.schedulers.options import settings_of
-from safe_sched.schedulers.released import Released
-from safe_sched.session import Session
-from safe_sched.types import Observation
+from safe_sched.training.session import Session
 from tests.core.runs import DISTINCT, DUPLICATED, observe, over_duplicates, run, same, steps_of
 
 # mean weight ----------------------------------------------------------------------------------------------------------

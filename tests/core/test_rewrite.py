@@ -18,14 +18,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safe_sched.data.rows import core_refusals, core_rows
 from safe_sched.errors import DataError, EndpointError, OptionError, PluginError, StateError
 from safe_sched.generation import LocalModel, TextGenerator, TextReply, TextRequest
 from safe_sched.hooks import hookimpl, manager, text_generator
-from safe_sched.mixing.endpoint import Endpoint
-from safe_sched.mixing.rewrite import Failure, RewriteReport, local, rewrite, task_prompts
-from safe_sched.mixing.rewrite_cache import ReplyCache
-from safe_sched.mixing.rewrite_checks import Checks, TaskChecks
-from safe_sched.mixing.rewrite_request import (
+from safe_sched.mixing.rewriting.cache import ReplyCache
+from safe_sched.mixing.rewriting.checks import Checks, TaskChecks
+from safe_sched.mixing.rewriting.endpoint import Endpoint
+from safe_sched.mixing.rewriting.request import (
     JUDGE,
     REWRITE,
     estimated_tokens,
@@ -36,9 +36,9 @@ from safe_sched.mixing.rewrite_request import (
     rewrite_request,
     tokens_in,
 )
-from safe_sched.mixing.rewrite_run import HOPELESS
-from safe_sched.mixing.rewrite_words import key_words, same_word, turns_of
-from safe_sched.rows import core_refusals, core_rows
+from safe_sched.mixing.rewriting.rewrite import Failure, RewriteReport, local, rewrite, task_prompts
+from safe_sched.mixing.rewriting.run import HOPELESS
+from safe_sched.mixing.rewriting.words import key_words, same_word, turns_of
 
 TOPICS = [
     "is rain wet",
@@ -650,8 +650,8 @@ def test_a_run_that_was_cut_off_pays_for_no_reply_twice(tmp_path, dies_after):
 RUN = """
 import json, os, signal, sys
 from safe_sched.generation import TextReply
-from safe_sched.mixing.rewrite import rewrite
-from safe_sched.rows import core_rows
+from safe_sched.mixing.rewriting.rewrite import rewrite
+from safe_sched.data.rows import core_rows
 class Model:
     identity, price_per_million = {"model": "stand-in"}, None
     asked = 0

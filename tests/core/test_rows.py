@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from safe_sched.data.rows import core_rows, read_rows
 from safe_sched.errors import DataError
-from safe_sched.rows import core_rows, read_rows
 from tests.core.batches import laws
 
 ROWS = [

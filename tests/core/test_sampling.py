@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_sched.errors import CoverageError, NumericsError, StateError
-from safe_sched.index import RowIndex
-from safe_sched.sampling import FLOOR, Draws, Items, uniform
+from safe_sched.rows.index import RowIndex
 from safe_sched.schedulers import BDS, Antibody, build
-from safe_sched.session import Session
+from safe_sched.training.sampling import FLOOR, Draws, Items, uniform
+from safe_sched.training.session import Session
 from tests.core.runs import over_duplicates, run, steps_of
 from tests.core.test_schedulers import over_the_catalogue
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safe_sched.errors import DataError, OptionError
-from safe_sched.index import RowIndex
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Observation, Scheduler
 from safe_sched.schedulers import BDS, CATALOG, Antibody, Fixed, build
-from safe_sched.session import Session
-from safe_sched.types import Observation, Scheduler
+from safe_sched.training.session import Session
 from tests.core.batches import laws, pad, row
 from tests.core.runs import DISTINCT, DUPLICATED, advance, over_duplicates, prepare, run, same, steps_of
 

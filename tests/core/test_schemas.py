@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safe_sched.data import places, schemas
+from safe_sched.data.schemas import LOOKED_AT
 from safe_sched.errors import DataError, OptionError
-from safe_sched.mixing import SCHEMAS, detect, places, read, schemas, write
-from safe_sched.mixing.schemas import LOOKED_AT
+from safe_sched.mixing import SCHEMAS, detect, read, write
 from tests.core.batches import laws
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from safe_sched.errors import CoverageError, NumericsError, OptionError
-from safe_sched.gate import scale_gradient, token_weights
-from safe_sched.identity import layout_of
-from safe_sched.index import RowIndex
-from safe_sched.losses import nll_from_logits
+from safe_sched.rows.index import RowIndex
+from safe_sched.rows.keys import layout_of
+from safe_sched.rows.nll import nll_from_logits
 from safe_sched.schedulers import BDS, Fixed
-from safe_sched.session import Session
+from safe_sched.training.gate import scale_gradient, token_weights
+from safe_sched.training.session import Session
 from tests.core.batches import Micro, Row, laws, pack, pad, row
 
 SHORT, LONG, OTHER = row(5, 6, 7), row(8, 9, 3, 4, 2), row(1, 2, 3)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import safe_sched.state
+import safe_sched.training.checkpoint
 from safe_sched.errors import StateError
-from safe_sched.index import RowIndex
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Observation
 from safe_sched.schedulers import BDS, Fixed
-from safe_sched.session import Session
-from safe_sched.state import FORMAT, load_state, require_same, save_state
-from safe_sched.types import Observation
+from safe_sched.training.checkpoint import FORMAT, load_state, require_same, save_state
+from safe_sched.training.session import Session
 from tests.core.batches import pad, row
 
 ROWS = [row(5, 6, 7), row(8, 9, 3), row(1, 2)]
@@ -71,7 +71,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     """The new file appears whole or not at all, and nothing else lies around."""
     path = saved(tmp_path / "s")
     content = path.read_bytes()
-    monkeypatch.setattr(safe_sched.state, "save_file", fails_half_way)
+    monkeypatch.setattr(safe_sched.training.checkpoint, "save_file", fails_half_way)
     with pytest.raises(OSError, match="no space"):
         session_of().save(path)
     assert path.read_bytes() == content
@@ -88,7 +88,7 @@ def test_a_rename_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         assert target == path
         raise OSError("read-only file system")
 
-    monkeypatch.setattr(safe_sched.state.os, "replace", refuse)
+    monkeypatch.setattr(safe_sched.training.checkpoint.os, "replace", refuse)
     with pytest.raises(OSError, match="read-only"):
         session_of().save(path)
     assert path.read_bytes() == content
@@ -99,7 +99,7 @@ def test_a_write_in_place_would_be_noticed(tmp_path, monkeypatch):
     """Control: the same failure, written over the old file, loses it."""
     path = saved(tmp_path / "s")
     monkeypatch.setattr(Path, "with_name", lambda self, name: self)
-    monkeypatch.setattr(safe_sched.state, "save_file", fails_half_way)
+    monkeypatch.setattr(safe_sched.training.checkpoint, "save_file", fails_half_way)
     with pytest.raises(OSError, match="no space"):
         session_of().save(path)
     with pytest.raises(StateError):

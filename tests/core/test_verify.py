@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 from safe_sched import Fixed
 from safe_sched.cli import app
 from safe_sched.errors import DataError, OptionError, StateError
-from safe_sched.index import RowIndex
-from safe_sched.manifest import Verdict, read_manifest, verify
-from safe_sched.record import TABLE_FILE, TRAINER_STATE, RunRecord, require_untouched, rows_fingerprint, seal
-from safe_sched.session import Session
-from safe_sched.state import MANIFEST_FILE, STATE_FILE, header_of
+from safe_sched.rows.index import RowIndex
+from safe_sched.training.checkpoint import MANIFEST_FILE, STATE_FILE, header_of
+from safe_sched.training.manifest import Verdict, read_manifest, verify
+from safe_sched.training.record import TABLE_FILE, TRAINER_STATE, RunRecord, require_untouched, rows_fingerprint, seal
+from safe_sched.training.session import Session
 from tests.core.batches import pad, row
 
 ROWS = [row(5, 6, 7), row(8, 9, 3), row(1, 2)]
@@ -311,7 +311,7 @@ def test_a_disk_that_is_full_leaves_the_running_manifest(tmp_path: Path, monkeyp
     def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safe_sched.record.os.fsync", full)
+    monkeypatch.setattr("safe_sched.training.record.os.fsync", full)
     with pytest.raises(StateError, match="No space left on device.*Make room"):
         run.end()
     assert read_manifest(tmp_path).status == "running"

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from examples.demo import __main__ as demo
-from safe_sched.state import MANIFEST_FILE
+from safe_sched.training.checkpoint import MANIFEST_FILE
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from safe_sched.cli import app
-from safe_sched.state import MANIFEST_FILE
+from safe_sched.training.checkpoint import MANIFEST_FILE
 from tests.support import make_model, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")

@@ -24,12 +24,13 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import DataCollatorForSeq2Seq
 
-from safe_sched import BDS, Antibody, Fixed, Lisa, NeuralBDS, session
+from safe_sched import BDS, Antibody, Fixed, Lisa, NeuralBDS
 from safe_sched.errors import RankError
-from safe_sched.exchange import Alone
+from safe_sched.training import session
+from safe_sched.training.ranks import Alone
 from safe_sched_hf import SafeSchedCallback
 from safe_sched_hf import callback as callback_module
-from safe_sched_hf.ranks import exchange_of
+from safe_sched_hf.distributed import exchange_of
 from tests.support import (
     make_hf,
     make_model,

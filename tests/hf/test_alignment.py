@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
-import safe_sched.flatness as flatness
+import safe_sched.training.flat_alignment as flatness
 from safe_sched import Fixed
+from safe_sched.data.rows import core_refusals
 from safe_sched.errors import DataError, ModelError, NumericsError, OptionError, StateError
-from safe_sched.rows import core_refusals
 from safe_sched_hf import FlatAlignmentCallback, SafeSchedCallback
 from safe_sched_hf.alignment import ALIGNMENT_FILE, buffers_kept, refused_row
 from tests.hf.test_gradients import CHECKPOINTED, InModelSFT, lora

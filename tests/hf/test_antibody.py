@@ -15,7 +15,7 @@ from trl import SFTTrainer
 
 from safe_sched import BDS, Antibody, Fixed, combine
 from safe_sched.errors import DataError, ModelError
-from safe_sched.identity import keys_of, layout_of
+from safe_sched.rows.keys import keys_of, layout_of
 from safe_sched.schedulers.antibody import EARLY
 from safe_sched_hf import SafeSchedCallback
 from tests.hf.test_gradients import STEPS, FusedLossLlama, InModelSFT, lora
@@ -229,7 +229,7 @@ def test_refusals_that_share_a_prompt_give_the_same_ratios(name: str, ratio: Any
 
 def test_a_shared_prompt_that_leaks_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: where every branch sees those before it, the ratios are others."""
-    import safe_sched_hf.refusals as module
+    import safe_sched_hf.measure.refusals as module
 
     def leaking(*args: Any) -> Any:
         ids, positions, seen = right(*args)
@@ -434,7 +434,7 @@ def test_no_way_of_taking_ratios_leaves_a_trace(name: str, cost: str, tmp_path: 
 @pytest.mark.usefixtures("prompted")
 def test_a_trace_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: one random number drawn while asking."""
-    import safe_sched_hf.refusals as module
+    import safe_sched_hf.measure.refusals as module
 
     right = module.branch_log_probs
 

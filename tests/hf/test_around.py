@@ -15,7 +15,7 @@ from transformers.trainer_utils import HPSearchBackend
 
 from safe_sched import BDS, Antibody, Fixed, Lisa, NeuralBDS
 from safe_sched.errors import ModelError
-from safe_sched.state import MANIFEST_FILE, STATE_FILE
+from safe_sched.training.checkpoint import MANIFEST_FILE, STATE_FILE
 from safe_sched_hf import SafeSchedCallback
 from safe_sched_hf.sharded import refuse_sharded
 from safe_sched_hf.wrapping import refuse_unsupported

@@ -19,18 +19,22 @@ from transformers import MistralConfig, MistralForCausalLM
 from safe_sched.audit import Detector
 from safe_sched.audit.rows import AuditRow, audit_row
 from safe_sched.errors import DataError, ModelError, OptionError, StateError
+from safe_sched.estimators.head import Head, Scorer
+from safe_sched.estimators.probe import GAIN
 from safe_sched.hooks import AuditRequest, detectors
-from safe_sched.probe import GAIN
-from safe_sched.scorer import Head, Scorer
-from safe_sched_hf import audit_forward, audit_model, audit_probe, audit_scorer, audit_trust
 from safe_sched_hf.audit import AntibodyRatio, Probe, Propensity, Surprise, model_detectors
-from safe_sched_hf.audit_forward import Forwards, Line, bucketed
-from safe_sched_hf.audit_model import AlignedModel
-from safe_sched_hf.audit_numbers import Measures
-from safe_sched_hf.audit_refusals import Refusals
-from safe_sched_hf.audit_rows import TokenRow
-from safe_sched_hf.audit_scorer import SavedScorer
-from safe_sched_hf.features import score_rows
+from safe_sched_hf.audit import model as audit_model
+from safe_sched_hf.audit import probe as audit_probe
+from safe_sched_hf.audit import scorer as audit_scorer
+from safe_sched_hf.audit import trust as audit_trust
+from safe_sched_hf.audit.model import AlignedModel
+from safe_sched_hf.audit.numbers import Measures
+from safe_sched_hf.audit.refusals import Refusals
+from safe_sched_hf.audit.scorer import SavedScorer
+from safe_sched_hf.measure import forward as audit_forward
+from safe_sched_hf.measure.features import score_rows
+from safe_sched_hf.measure.forward import Forwards, Line, bucketed
+from safe_sched_hf.measure.token_rows import TokenRow
 from tests.support import VOCABULARY, hooks_on, make_model, make_sft, make_tokenizer, parameters_of, text_rows
 
 REFUSALS = ("w1 w2 w3 w4", "w1 w2 w5", "w6", "w7 w8 w9 w10 w11")

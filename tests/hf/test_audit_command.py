@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from safe_sched import NeuralBDS, SafeSchedError
 from safe_sched.cli import app
-from safe_sched.scorer import Scorer
+from safe_sched.estimators.head import Scorer
 from safe_sched_hf import SafeSchedCallback
-from safe_sched_hf.features import score_rows
+from safe_sched_hf.measure.features import score_rows
 from tests.core.ranked import alone
 from tests.support import make_model, make_sft, make_tokenizer, text_rows
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from safe_sched import Fixed
-from safe_sched.export import export
-from safe_sched.rows import read_rows
+from safe_sched.data.export import export
+from safe_sched.data.rows import read_rows
 from safe_sched_hf import SafeSchedCallback
 from tests.support import make_sft, text_rows, uneven_weights
 

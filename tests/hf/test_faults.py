@@ -21,9 +21,9 @@ from transformers import TrainerCallback
 
 from safe_sched import BDS, Antibody, Lisa, NeuralBDS, combine
 from safe_sched.errors import DataError, NumericsError, SafeSchedError, StateError
-from safe_sched.manifest import read_manifest, verify
-from safe_sched.record import TABLE_FILE
-from safe_sched.state import MANIFEST_FILE, STATE_FILE
+from safe_sched.training.checkpoint import MANIFEST_FILE, STATE_FILE
+from safe_sched.training.manifest import read_manifest, verify
+from safe_sched.training.record import TABLE_FILE
 from safe_sched_hf import SafeSchedCallback
 from tests.support import hooks_on, make_model, make_sft, parameters_of, single_thread, text_rows, token_rows
 
@@ -160,7 +160,7 @@ def test_every_method_goes_on_from_the_middle_of_its_measuring(kind: str, tmp_pa
 
 def test_what_outlives_a_checkpoint_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: where a run keeps the probe's direction over a save, a resumed run ends elsewhere."""
-    monkeypatch.setattr("safe_sched_hf.attachment.Attachment.forget", lambda self: None)
+    monkeypatch.setattr("safe_sched_hf.attach.Attachment.forget", lambda self: None)
     kept = parameters_of(run(tmp_path / "whole").model)
     again = parameters_of(run(tmp_path / "again", resume=tmp_path / "whole" / f"checkpoint-{SAVED}").model)
     assert any(not torch.equal(again[name], one) for name, one in kept.items())
@@ -168,9 +168,9 @@ def test_what_outlives_a_checkpoint_would_show(tmp_path: Path, monkeypatch: pyte
 
 def test_a_full_disk_leaves_no_half_state(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of the second checkpoint cannot be written: the run stops, the first one is as it was."""
-    import safe_sched.state
+    import safe_sched.training.checkpoint
 
-    write = safe_sched.state.save_file
+    write = safe_sched.training.checkpoint.save_file
 
     def full(tensors: Any, path: Path, **more: Any) -> None:
         if f"checkpoint-{2 * SAVED}" in str(path):
@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_no_half_state(whole: Any, tmp_path: Path, monkeypatc
         write(tensors, path, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(safe_sched.state, "save_file", full)
+        patch.setattr(safe_sched.training.checkpoint, "save_file", full)
         with pytest.raises((OSError, StateError), match="No space left on device"):
             run(tmp_path)
     assert (tmp_path / f"checkpoint-{2 * SAVED}").is_dir()  # what the trainer has written of it
@@ -196,7 +196,7 @@ def test_a_full_disk_at_the_end_is_not_a_defended_run(tmp_path: Path, monkeypatc
     def full(*args: Any, **more: Any) -> None:
         raise StateError("the manifest cannot be written (No space left on device)")
 
-    monkeypatch.setattr("safe_sched.record.RunRecord.finish", full)
+    monkeypatch.setattr("safe_sched.training.record.RunRecord.finish", full)
     with pytest.raises(StateError, match="No space left"):
         run(tmp_path)
     assert read_manifest(tmp_path).status == "running"

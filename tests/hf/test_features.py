@@ -13,12 +13,12 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from safe_sched import BDS, Fixed, NeuralBDS
 from safe_sched.errors import DataError, ModelError, OptionError
-from safe_sched.identity import Layout, layout_of
+from safe_sched.estimators.head import Head, Scorer
+from safe_sched.rows.keys import Layout, layout_of
 from safe_sched.schedulers.neural import NeuralState
-from safe_sched.scorer import Head, Scorer
 from safe_sched_hf import SafeSchedCallback
-from safe_sched_hf.attachment import batch_fields
-from safe_sched_hf.features import EncoderFeatures, RowFeatures, pool_rows, score_rows
+from safe_sched_hf.attach import batch_fields
+from safe_sched_hf.measure.features import EncoderFeatures, RowFeatures, pool_rows, score_rows
 from tests.hf.test_gradients import lora
 from tests.support import (
     make_hf,
@@ -160,7 +160,7 @@ def test_every_row_is_encoded_once_by_its_text() -> None:
 
 
 def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safe_sched_hf.features._CACHED", 3)
+    monkeypatch.setattr("safe_sched_hf.measure.features._CACHED", 3)
     encoder = Counting()
     features = EncoderFeatures(encoder, TOKENIZER)
     ids, _, layout = padded("right")

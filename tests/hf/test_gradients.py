@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM, Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl import SFTTrainer
 
-import safe_sched.gate
+import safe_sched.training.gate
 from safe_sched import Fixed
-from safe_sched.identity import keys_of_flat
+from safe_sched.rows.keys import keys_of_flat
 from safe_sched_hf import SafeSchedCallback
 from tests.support import (
     GradientProbe,
@@ -220,15 +220,15 @@ def test_bf16_gradients_are_those_of_the_weighted_loss_to_its_precision(make: An
 @pytest.mark.parametrize("case", ["fused head", "packing", "in-model loss"])
 def test_a_gate_one_token_off_is_caught(case: str, tmp_path: Any, monkeypatch: Any) -> None:
     """Negative control: weights shifted by one token, or weights of 1, miss the oracle by far."""
-    right = safe_sched.gate.token_weights
+    right = safe_sched.training.gate.token_weights
 
     def shifted(row_weights: Any, layout: Any) -> Any:
         return right(row_weights, layout).roll(-1, dims=1)
 
-    monkeypatch.setattr("safe_sched_hf.attachment.token_weights", shifted)
+    monkeypatch.setattr("safe_sched_hf.attach.token_weights", shifted)
     if case == "packing":  # without packing a shift stays inside its row
         assert difference(make_sft, ExplicitSFT, SFTTrainer, tmp_path, SFT[case]) > 1e-2
-    monkeypatch.setattr("safe_sched_hf.attachment.token_weights", lambda w, layout: torch.ones_like(right(w, layout)))
+    monkeypatch.setattr("safe_sched_hf.attach.token_weights", lambda w, layout: torch.ones_like(right(w, layout)))
     assert difference(make_sft, ExplicitSFT, SFTTrainer, tmp_path, SFT[case]) > 1e-2
 
 

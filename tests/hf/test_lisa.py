@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from safe_sched import BDS, Fixed, Lisa
 from safe_sched.errors import ModelError, NumericsError, OptionError, StateError
-from safe_sched.state import MANIFEST_FILE, STATE_FILE
+from safe_sched.training.checkpoint import MANIFEST_FILE, STATE_FILE
 from safe_sched_hf import SafeSchedCallback
 from safe_sched_hf.safety import SafetySet
 from tests.hf.test_gradients import CHECKPOINTED, lora

@@ -23,7 +23,7 @@ from safe_sched.cli import app
 from safe_sched.errors import DataError
 from safe_sched.hooks import RowLossesRequest
 from safe_sched_hf import SafeSchedCallback, plugin
-from safe_sched_hf.losses import row_losses
+from safe_sched_hf.measure.row_losses import row_losses
 from tests.hf.test_gradients import lora
 from tests.support import (
     CHAT_TEMPLATE,
@@ -176,7 +176,7 @@ def test_losses_of_a_model_without_trls_head_are_the_same(
 ) -> None:
     """As with TRL before its fused head: from the logits."""
     expected = measured(plain, PAIRS, tmp_path)
-    monkeypatch.setattr("safe_sched_hf.losses.has_fused_head", lambda model: False)
+    monkeypatch.setattr("safe_sched_hf.measure.row_losses.has_fused_head", lambda model: False)
     found = measured(plain, PAIRS, tmp_path)
     assert found["key"] == expected["key"]
     assert found["nll"] == pytest.approx(expected["nll"], rel=1e-5)

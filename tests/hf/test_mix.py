@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from safe_sched import BDS
 from safe_sched.errors import DataError
 from safe_sched.mixing.mix import mimic, mix
-from safe_sched.mixing.mixture import PROVENANCE
+from safe_sched.mixing.plan import PROVENANCE
 from safe_sched_hf import SafeSchedCallback
 from tests.support import COMMON, GradientProbe, make_hf, make_model, make_sft, make_tokenizer, text_rows
 

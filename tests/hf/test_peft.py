@@ -13,10 +13,10 @@ from peft import PeftConfig
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer
 from trl import SFTTrainer
 
-import safe_sched.gate
+import safe_sched.training.gate
 from safe_sched import BDS, Fixed
 from safe_sched.errors import ModelError
-from safe_sched.manifest import verify
+from safe_sched.training.manifest import verify
 from safe_sched_hf import SafeSchedCallback
 from tests.hf import test_trl_cli as trl_cli
 from tests.hf.test_gradients import (
@@ -159,8 +159,8 @@ def test_hf_gradients_are_those_of_the_weighted_loss(kind: str, tmp_path: Path) 
 @pytest.mark.parametrize("kind", ["IA3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in OFTEN)])
 def test_a_gate_that_does_nothing_is_caught(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control."""
-    right = safe_sched.gate.token_weights
-    monkeypatch.setattr("safe_sched_hf.attachment.token_weights", lambda w, layout: torch.ones_like(right(w, layout)))
+    right = safe_sched.training.gate.token_weights
+    monkeypatch.setattr("safe_sched_hf.attach.token_weights", lambda w, layout: torch.ones_like(right(w, layout)))
     assert difference(make_hf_peft, ExplicitHF, Trainer, tmp_path, options(kind)) > FAR
 
 

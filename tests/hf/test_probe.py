@@ -14,10 +14,10 @@ from trl import SFTTrainer
 
 from safe_sched import BDS, Fixed
 from safe_sched.errors import DataError, ModelError, OptionError
-from safe_sched.probe import GAIN, Direction
-from safe_sched.session import Session
+from safe_sched.estimators.probe import GAIN, Direction
+from safe_sched.training.session import Session
 from safe_sched_hf import SafeSchedCallback
-from safe_sched_hf import attachment as attachment_module
+from safe_sched_hf import attach as attachment_module
 from safe_sched_hf.noise import add_noise
 from tests.hf.test_gradients import lora
 from tests.hf.test_untouched import HF, ROWS, SFT, assert_same_run, train
@@ -220,7 +220,7 @@ def test_parameters_come_back_when_a_probe_fails(tmp_path: Path, monkeypatch: py
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("safe_sched_hf.probe.lines_log_probs", broken)
+    monkeypatch.setattr("safe_sched_hf.measure.probe.lines_log_probs", broken)
     trainer = make_sft(tmp_path, ROWS, callbacks=[callback(BDS())])
     assert isinstance(trainer.model, nn.Module)
     before = parameters_of(trainer.model)
@@ -252,7 +252,7 @@ def test_a_chat_template_is_not_taken_for_a_decision(tmp_path: Path) -> None:
     other = callback(BDS(), safety_data=safety)
     make_sft(tmp_path, text_rows(8), callbacks=[other], completion_only_loss=True).train()
     # the attachment is gone after training; the opening is asked for through the function that made it
-    from safe_sched.probe import opening_of
+    from safe_sched.estimators.probe import opening_of
     from safe_sched_hf.safety import SafetySet
 
     token_safety = SafetySet(safety, make_tokenizer(), None, 2, 0).rows

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from safe_sched.state import MANIFEST_FILE, STATE_FILE
+from safe_sched.training.checkpoint import MANIFEST_FILE, STATE_FILE
 from tests.hf import ranks_cases
 from tests.hf.ranks_cases import BATCH, CASES, FAULTS, run
 from tests.support import make_hf, single_thread

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from safe_sched import BDS, Fixed
 from safe_sched.errors import StateError
-from safe_sched.state import STATE_FILE
+from safe_sched.training.checkpoint import STATE_FILE
 from safe_sched_hf import SafeSchedCallback
 from tests.support import make_hf, make_model, make_sft, parameters_of, single_thread, text_rows, token_rows
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from safe_sched.errors import ModelError, OptionError
 from safe_sched.generation import LocalModel, TextGenerator, TextReply, TextRequest
-from safe_sched.mixing.rewrite import local, rewrite
+from safe_sched.mixing.rewriting.rewrite import local, rewrite
 from safe_sched_hf import rewriter
 from safe_sched_hf.rewriter import ChatModel, _Sampler
 from tests.support import make_model, make_tokenizer, single_thread

@@ -13,8 +13,8 @@ from transformers import DataCollatorForSeq2Seq, TrainerCallback
 
 from safe_sched import BDS, Antibody, Fixed, Lisa, NeuralBDS, combine
 from safe_sched.errors import CoverageError, DataError, ModelError, OptionError, StateError
-from safe_sched.sampling import FLOOR, uniform
-from safe_sched.state import STATE_FILE
+from safe_sched.training.checkpoint import STATE_FILE
+from safe_sched.training.sampling import FLOOR, uniform
 from safe_sched_hf import SafeSchedCallback
 from safe_sched_hf.sampling import DrawnBatches
 from tests.hf.test_untouched import Breaks, assert_same_run
@@ -340,7 +340,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(whole: Any, step: int, tmp_p
 @pytest.mark.parametrize("whole", ["workers"], indirect=True)
 def test_fresh_draws_at_a_resume_would_show(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the steps that were drawn ahead are drawn anew, with the weights of the checkpoint."""
-    from safe_sched.sampling import Draws
+    from safe_sched.training.sampling import Draws
 
     folder, trainer, _, options = whole
 

@@ -18,8 +18,8 @@ from safe_sched.hooks import hookimpl, manager
 from safe_sched.mixing import mix
 from safe_sched.schedulers import CATALOG, build
 from safe_sched_hf import SafeSchedCallback
+from safe_sched_hf.config import Mix, Settings, json_schema, read_settings
 from safe_sched_hf.methods import method_names, scheduler_of
-from safe_sched_hf.settings import Mix, Settings, json_schema, read_settings
 from tests.support import text_rows
 
 

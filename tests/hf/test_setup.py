@@ -19,8 +19,8 @@ from trl import SFTConfig, SFTTrainer
 
 from safe_sched import BDS, Fixed
 from safe_sched.errors import CoverageError, DataError, ModelError, NumericsError, OptionError
-from safe_sched.index import RowIndex
-from safe_sched.state import MANIFEST_FILE
+from safe_sched.rows.index import RowIndex
+from safe_sched.training.checkpoint import MANIFEST_FILE
 from safe_sched_hf import SafeSchedCallback
 from safe_sched_hf import rows as rows_module
 from safe_sched_hf.rows import index_rows

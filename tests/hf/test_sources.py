@@ -7,8 +7,8 @@ from typing import Any
 import datasets
 import pytest
 
+from safe_sched.data import RowWriter, open_rows
 from safe_sched.errors import DataError
-from safe_sched.files import RowWriter, open_rows
 from safe_sched.mixing import read, write
 from tests.support import make_tokenizer, token_rows
 

@@ -25,12 +25,12 @@ from typer.testing import CliRunner
 from safe_sched import BDS, Antibody, Fixed
 from safe_sched.cli import app
 from safe_sched.errors import OptionError
-from safe_sched.manifest import verify
 from safe_sched.mixing import mix
-from safe_sched.state import MANIFEST_FILE
+from safe_sched.training.checkpoint import MANIFEST_FILE
+from safe_sched.training.manifest import verify
 from safe_sched_hf import SafeSchedCallback
+from safe_sched_hf.trl import command
 from safe_sched_hf.trl_call import read_call
-from safe_sched_hf.trl_cli import command
 from tests.support import make_model, make_tokenizer, single_thread, text_rows
 
 STEPS = 3
@@ -253,9 +253,9 @@ def test_the_command_exits_with_words_and_codes(home: Path, tmp_path: Path, monk
     assert invoke("--config", str(tmp_path / "nothing.yaml")).exit_code == 2
     assert invoke("--config", str(config(home, tmp_path / "a"))).exit_code == 2
     with monkeypatch.context() as patch:  # a door that forgets the callback
-        patch.setattr("safe_sched_hf.trl_cli.Settings.callback", lambda self: SafeSchedCallback(Fixed(), report="none"))
-        patch.setattr("safe_sched.record.RunRecord.finish", lambda *args, **more: None)
-        patch.setattr("safe_sched_hf.trl_cli.seal", lambda folder: {})
+        patch.setattr("safe_sched_hf.trl.Settings.callback", lambda self: SafeSchedCallback(Fixed(), report="none"))
+        patch.setattr("safe_sched.training.record.RunRecord.finish", lambda *args, **more: None)
+        patch.setattr("safe_sched_hf.trl.seal", lambda folder: {})
         found = invoke("--config", str(config(home, tmp_path / "b", {"method": "fixed"}, max_steps=1)))
         assert found.exit_code == 3
         assert "not defended: finished: training did not end" in found.output

@@ -13,8 +13,8 @@ import sys
 import types
 from typing import Any
 
+from safe_sched.audit.engines.ranks import ranks
 from safe_sched.audit.findings import Bad, Findings, Share, Signal, Summary
-from safe_sched.audit.rank_engine import ranks
 from safe_sched.audit.rows import AuditRow, audit_row
 from safe_sched.audit.run import audit
 from safe_sched.audit.signals import Anchored, Detector, Evidence

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from safe_sched.audit.data_source import DataSource
 from safe_sched.audit.findings import Bad
 from safe_sched.audit.rows import AuditRow, audit_row
-from safe_sched.audit.sources import sources_of as named
+from safe_sched.data import NAMED, BadRow, RowFile, RowWriter
+from safe_sched.data.kinds import CHUNK, STDIO, opened
+from safe_sched.data.named_sources import sources_of as named
+from safe_sched.data.schemas import LOOKED_AT, SCHEMAS, detect
+from safe_sched.data.sources import DataSource
 from safe_sched.errors import DataError, unknown_name
-from safe_sched.files import NAMED, BadRow, RowFile, RowWriter
-from safe_sched.files.kinds import CHUNK, STDIO, opened
-from safe_sched.mixing.schemas import LOOKED_AT, SCHEMAS, detect
 
 
 @runtime_checkable

@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from safe_sched.audit.findings import COLUMNS, Findings
 from safe_sched.audit.inputs import Source
+from safe_sched.data import BadRow, RowWriter
+from safe_sched.data.writing import to_json
 from safe_sched.errors import DataError, StateError
-from safe_sched.files import BadRow, RowWriter
-from safe_sched.files.writing import to_json
 
 PREFIX = "safe_sched."
 """What the names of added columns begin with."""
@@ -28,7 +28,7 @@ def write_rows(findings: Findings, sources: Sequence[Source], path: str | Path) 
     Args:
         findings: Of an audit of these sources.
         sources: What was audited, to be read once more.
-        path: The file to write, of a kind that `safe_sched.files.RowWriter` knows. Cells of CSV that are no numbers or
+        path: The file to write, of a kind that `safe_sched.data.RowWriter` knows. Cells of CSV that are no numbers or
             texts are written as JSON.
 
     Returns:

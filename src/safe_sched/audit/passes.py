@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from safe_sched.audit.calibrate import Calibration, calibrate
-from safe_sched.audit.engine import Engine, LocalEngine, Shard
+from safe_sched.audit.calibration.calibrate import Calibration, calibrate
+from safe_sched.audit.engines.shard import Engine, LocalEngine, Shard
 from safe_sched.audit.inputs import Entry, Inputs
 from safe_sched.audit.labels import KnownLabels
 from safe_sched.audit.rows import AuditRow

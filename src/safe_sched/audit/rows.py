@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from safe_sched.mixing.schemas import Example, read
+from safe_sched.data.schemas import Example, read
 
 
 @dataclass(frozen=True)

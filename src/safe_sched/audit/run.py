@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from safe_sched.audit.engine import Engine, LocalEngine, require_names
+from safe_sched.audit.engines.ranks import launched
+from safe_sched.audit.engines.shard import Engine, LocalEngine, require_names
 from safe_sched.audit.findings import Bad, Findings, Summary
 from safe_sched.audit.inputs import Inputs, opened_sources
-from safe_sched.audit.judge import Judge, schema_of
 from safe_sched.audit.labels import KnownLabels, Labels
 from safe_sched.audit.passes import Clock, calibrated, observe, score
-from safe_sched.audit.rank_engine import launched
 from safe_sched.audit.shards import Shards
 from safe_sched.audit.signals import Detector
+from safe_sched.audit.to_table import Judge, schema_of
+from safe_sched.data.rows import CORE, read_rows
 from safe_sched.errors import DataError, OptionError, UnscoredError
 from safe_sched.generation import Device, Dtype
 from safe_sched.hooks import AuditRequest, NamedTokenizer
 from safe_sched.hooks import detectors as hooked
-from safe_sched.rows import CORE, read_rows
 
 SHARD_ROWS = 4096
 """Rows of a shard: what a killed audit does again, at most."""

@@ -22,8 +22,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from safe_sched.data.whole import write_file
 from safe_sched.errors import OptionError, StateError
-from safe_sched.files.whole import write_file
 
 MANIFEST = "audit.json"
 _VERSION = 1

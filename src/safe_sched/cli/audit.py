@@ -190,7 +190,7 @@ def audit(
 
 def _engine(name: str, stack: contextlib.ExitStack) -> tuple[Any, bool]:
     """What scores, and whether it is this process that asks it to."""
-    from safe_sched.audit.rank_engine import launched, ranks
+    from safe_sched.audit.engines.ranks import launched, ranks
 
     if launched():
         if name != "local":
@@ -199,7 +199,7 @@ def _engine(name: str, stack: contextlib.ExitStack) -> tuple[Any, bool]:
         return scoring, scoring is not None
     if name == "local":
         return None, True
-    from safe_sched.audit.ray_engine import RayEngine
+    from safe_sched.audit.engines.ray import RayEngine
 
     return RayEngine(), True
 
@@ -255,7 +255,7 @@ def _ending(form: str, sources: list[Any]) -> str:
     """Of the file of rows: that of the first file, where it is to be the same."""
     if form != "same":
         return form
-    from safe_sched.files.kinds import PACKED, form_of
+    from safe_sched.data.kinds import PACKED, form_of
 
     file = getattr(sources[0], "file", None)
     if file is None or not file.paths:
@@ -348,7 +348,7 @@ def _name_bad(findings: Any) -> None:
 
 def _silent(findings: Any, named: set[str]) -> list[tuple[str, str]]:
     """The first rows that could be read, and of which no signal says anything."""
-    from safe_sched.files import NAMED
+    from safe_sched.data import NAMED
 
     table = findings.table.select(["where", "reason", "p_harmful"])
     unscored = table.filter(table.column("p_harmful").is_null()).slice(0, NAMED + len(named)).to_pylist()

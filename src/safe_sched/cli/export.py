@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from safe_sched.cli.screen import errors_as_exit_codes
+from safe_sched.data.export import Exported
+from safe_sched.data.export import export as write_weights
 from safe_sched.errors import DataError
-from safe_sched.export import Exported
-from safe_sched.export import export as write_weights
 
 
 def export(

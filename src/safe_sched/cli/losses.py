@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from safe_sched.cli.screen import DeviceOption, DtypeOption, errors_as_exit_codes, progress_bar
+from safe_sched.data.rows import read_rows
 from safe_sched.errors import OptionError
+from safe_sched.estimators.reference import save_reference
 from safe_sched.hooks import RowLosses, RowLossesRequest, row_losses
-from safe_sched.reference import save_reference
-from safe_sched.rows import read_rows
 
 
 def losses(

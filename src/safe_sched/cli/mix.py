@@ -14,14 +14,14 @@ from rich.console import Console
 
 from safe_sched.cli.mix_report import STDIO, Written, name_bad, say_next, summary, table
 from safe_sched.cli.screen import errors_as_exit_codes, progress_bar
+from safe_sched.data import RowFile, RowWriter, open_rows
 from safe_sched.errors import DataError, OptionError
-from safe_sched.files import RowFile, RowWriter, open_rows
 from safe_sched.generation import TextGenerator
-from safe_sched.mixing.endpoint import Endpoint
 from safe_sched.mixing.formats import induce_format
 from safe_sched.mixing.mix import SAMPLE
-from safe_sched.mixing.mixture import PROVENANCE, Mixture, mixture
-from safe_sched.mixing.rewrite import RewriteReport, local, rewrite, task_prompts
+from safe_sched.mixing.plan import PROVENANCE, Mixture, mixture
+from safe_sched.mixing.rewriting.endpoint import Endpoint
+from safe_sched.mixing.rewriting.rewrite import RewriteReport, local, rewrite, task_prompts
 
 UNREAD = 3
 """The exit code where some lines of the training file are no rows, and the others have been mixed."""

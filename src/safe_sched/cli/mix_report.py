@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from safe_sched.files import RowFile
-from safe_sched.files.kinds import STDIO, form_of
+from safe_sched.data import RowFile
+from safe_sched.data.kinds import STDIO, form_of
 from safe_sched.mixing.explain import seen
 from safe_sched.mixing.formats import TaskFormat
 

@@ -46,7 +46,7 @@ def verify(
     defended, or nothing there says so.
     """
     with errors_as_exit_codes():
-        from safe_sched.manifest import verify as check_run
+        from safe_sched.training.manifest import verify as check_run
 
         verdict = check_run(folder, data=data)
     if as_json:

@@ -12,9 +12,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from safe_sched.mixing.schemas import Example, read
+from safe_sched.data.rows import core_rows
+from safe_sched.data.schemas import Example, read
 from safe_sched.mixing.templates import Template
-from safe_sched.rows import core_rows
 
 if TYPE_CHECKING:
     from safe_sched.mixing.answers import AnswerShape

@@ -24,11 +24,11 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from safe_sched.data.schemas import Example, detect, read, write
 from safe_sched.errors import DataError, OptionError
 from safe_sched.mixing import blend as blending
 from safe_sched.mixing.answers import AnswerShape, shape_of
 from safe_sched.mixing.options import OptionStyle
-from safe_sched.mixing.schemas import Example, detect, read, write
 from safe_sched.mixing.templates import Filling, Template, assign, learn
 
 SAMPLE = 2500

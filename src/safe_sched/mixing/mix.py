@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from safe_sched.mixing.formats import TaskFormat
-from safe_sched.mixing.mixture import SafetyRows, mixture
+from safe_sched.mixing.plan import SafetyRows, mixture
 from safe_sched.mixing.sets import row_set
 
 D = TypeVar("D")
@@ -41,7 +41,7 @@ def mix(
     Args:
         user: The training set: a list of dicts, a `datasets.Dataset` or ``IterableDataset``, any other map-style set or
             stream of dicts, or an iterator. Of an iterator, the first `SAMPLE` rows are read at once.
-        safety: Prompts and refusals: ``"core"``, a path, or rows; see `safe_sched.rows.read_rows`.
+        safety: Prompts and refusals: ``"core"``, a path, or rows; see `safe_sched.data.rows.read_rows`.
         share: Safety rows / all rows of the result, at least 0 and below 1. With n user rows, the nearest whole number
             to ``share / (1 - share) * n`` is mixed in.
         mimic: Whether safety rows take the format that the user's rows have; a `TaskFormat` to take that one. False

@@ -12,7 +12,7 @@ import torch.utils.data
 
 from safe_sched.errors import DataError
 from safe_sched.hooks import manager
-from safe_sched.mixing.mixture import Mixture
+from safe_sched.mixing.plan import Mixture
 
 
 @runtime_checkable
@@ -42,7 +42,7 @@ def row_set(data: Any) -> RowSet:
     if isinstance(data, str | bytes | Path | Mapping) or not isinstance(data, Iterable | Sized):
         raise DataError(
             f"a {type(data).__name__} is no training set; allowed: a list of dicts, a data set, or a stream of dicts. "
-            "Read a file with safe_sched.rows.read_rows, or mix it with the command safe-sched mix."
+            "Read a file with safe_sched.data.rows.read_rows, or mix it with the command safe-sched mix."
         )
     if isinstance(data, Sized) and hasattr(data, "__getitem__"):
         return _MapStyle(data)  # pyright: ignore[reportArgumentType]
@@ -130,7 +130,7 @@ def counted(rows: Iterable[Any], mixture: Mixture) -> Iterator[Any]:
 
     Example:
         >>> import warnings
-        >>> from safe_sched.mixing.mixture import mixture
+        >>> from safe_sched.mixing.plan import mixture
         >>> row = {"prompt": "How do I pick a lock?", "completion": "I can't help with that."}
         >>> some = mixture([row], [row], share=0.01, mimic=False)
         >>> with warnings.catch_warnings(record=True) as told:

@@ -42,10 +42,10 @@ from pydantic import Field
 from torch import Tensor
 
 from safe_sched.errors import CoverageError, ModelError, OptionError
-from safe_sched.evidence import LIMIT
-from safe_sched.index import RowIndex
+from safe_sched.estimators.calibration import LIMIT
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Observation, State
 from safe_sched.schedulers.options import options, settings_of
-from safe_sched.types import Observation, State
 
 Ratio = Literal["opening", "token_mean", "sequence_sum"]
 RefusalCost = Literal["shared_prefix", "first_token", "exact"]
@@ -133,7 +133,7 @@ class Antibody:
         The published rule, exactly; and what three ratios mean by default.
 
         >>> from safe_sched import Antibody
-        >>> from safe_sched.index import RowIndex
+        >>> from safe_sched.rows.index import RowIndex
         >>> published = Antibody(anchor=False, ratio="token_mean", refusal_cost="exact", pool="micro_batch",
         ...                      gate="softmax", refusals_per_row=1, on_inversion="ignore")
         >>> scheduler = Antibody()
@@ -167,7 +167,7 @@ class Antibody:
 
     @property
     def evidence(self) -> str | None:
-        """What it learns from: see `safe_sched.types.Evidential`."""
+        """What it learns from: see `safe_sched.scheduler.Evidential`."""
         return "refusal"
 
     @property
@@ -187,7 +187,7 @@ class Antibody:
     # state ------------------------------------------------------------------------------------------------------
 
     def init(self, index: RowIndex) -> AntibodyState:
-        """See `safe_sched.types.Scheduler.init`."""
+        """See `safe_sched.scheduler.Scheduler.init`."""
         return AntibodyState(
             ratio=torch.full((index.slots,), torch.nan),
             looks=torch.zeros(index.slots, dtype=torch.uint8),
@@ -202,7 +202,7 @@ class Antibody:
         )
 
     def grow(self, state: AntibodyState, index: RowIndex) -> AntibodyState:
-        """See `safe_sched.types.Scheduler.grow`."""
+        """See `safe_sched.scheduler.Scheduler.grow`."""
         new = index.slots - state.ratio.numel()
         return replace(
             state,
@@ -317,7 +317,7 @@ class Antibody:
         return asked
 
     def doubtful(self, state: AntibodyState, slots: Tensor) -> Tensor:
-        """See `safe_sched.types.Evidential`: none; a row that is not cleared is looked at when it comes by."""
+        """See `safe_sched.scheduler.Evidential`: none; a row that is not cleared is looked at when it comes by."""
         return torch.zeros(slots.numel(), dtype=torch.bool)
 
     def learn(self, state: AntibodyState, slots: Tensor, scores: Tensor) -> dict[str, float]:
@@ -346,7 +346,7 @@ class Antibody:
     # weights ----------------------------------------------------------------------------------------------------
 
     def weights(self, state: AntibodyState, batch: Observation) -> Tensor:
-        """See `safe_sched.types.Scheduler.weights`.
+        """See `safe_sched.scheduler.Scheduler.weights`.
 
         Raises:
             CoverageError: A row of the pool was not compared with a refusal.
@@ -374,7 +374,7 @@ class Antibody:
         return torch.where(torch.isnan(logits), 1.0, torch.sigmoid(logits / self.tau) / most).float()
 
     def slot_weights(self, state: AntibodyState, slots: Any = slice(None)) -> Tensor:
-        """See `safe_sched.types.Scheduler.slot_weights`; with softmax as if all rows compared so far were the pool."""
+        """See `scheduler.Scheduler.slot_weights`; with softmax as if all rows compared so far were the pool."""
         if self.gate == "sigmoid":
             return self._known_or_one(state, slots)
         known = ~torch.isnan(state.ratio)
@@ -385,7 +385,7 @@ class Antibody:
         return torch.where(known, relative / relative[known].mean(), 1.0).float()[slots]
 
     def update(self, state: AntibodyState, step: Observation) -> dict[str, float]:
-        """See `safe_sched.types.Scheduler.update`: there is nothing to learn from losses."""
+        """See `safe_sched.scheduler.Scheduler.update`: there is nothing to learn from losses."""
         state.steps += 1
         return {}
 

@@ -6,7 +6,7 @@ The joint posterior of model and row logits z is::
 
 For one row, with the model held, the middle factors leave ``exp(-E_i w(z_i))``. The evidence ``E_i`` is the difference
 between the loss under the safety-aware model and under one that does not care, on a scale on which it is the log-odds
-of the row being harmful (`safe_sched.evidence`); scores of one row add up. So the energy of a row's logit is::
+of the row being harmful (`estimators.calibration`); scores of one row add up. So the energy of a row's logit is::
 
     U(z_i) = E_i w(z_i) - log p(z_i)
 
@@ -14,9 +14,9 @@ of the row being harmful (`safe_sched.evidence`); scores of one row add up. So t
          = N softmax(z)                     "softmax": mean 1 over the training set, as in the paper
          = max(z, 0) / its prior mean       "identity"
 
-and it is sampled by preconditioned SGLD (`safe_sched.posterior`) whenever a row's evidence has changed; the row's
+and it is sampled by preconditioned SGLD (`safe_sched.estimators.sgld`) whenever a row's evidence has changed; the row's
 weight is the posterior mean of w, its probability of being harmful that of ``1 - sigmoid(z)``. Weight 1 is what a row
-has before anything is known of it. The paper's released code drops the evidence; see `safe_sched.schedulers.released`.
+has before anything is known of it. The paper's released code drops the evidence; see `schedulers.bds_released`.
 
 **Priors.** *Gaussian on the logits*: ``-log p(z) = (z - mean)**2 / (2 std**2)``; it pulls towards the weight that every
 row starts with. *Harmful share*: each row is harmful with a share q, ``q ~ Beta(a, b)`` with ``a + b = prior_rows``
@@ -33,7 +33,7 @@ symbol        name here                   unit
 z             ``logits``                  1
 w             weights                     1
 E             ``log_odds``                nats
-x             score                       1, see `safe_sched.evidence`
+x             score                       1, see `safe_sched.estimators.calibration`
 ============  ==========================  ==================
 
 Cost: nothing for a step without new scores; otherwise ``burn_in + draws`` updates of the rows that were scored, all at
@@ -53,14 +53,14 @@ from pydantic import Field
 from torch import Tensor
 
 from safe_sched.errors import OptionError
-from safe_sched.evidence import Calibration
-from safe_sched.index import RowIndex
-from safe_sched.posterior import Langevin, acceptance, effective_draws, normal, rhat, sample
-from safe_sched.prior import RowPrior
-from safe_sched.reference import load_reference
+from safe_sched.estimators.calibration import Calibration
+from safe_sched.estimators.prior import RowPrior
+from safe_sched.estimators.reference import load_reference
+from safe_sched.estimators.sgld import Langevin, acceptance, effective_draws, normal, rhat, sample
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Observation, State
+from safe_sched.schedulers.bds_released import Released
 from safe_sched.schedulers.options import options, settings_of
-from safe_sched.schedulers.released import Released
-from safe_sched.types import Observation, State
 
 Transform = Literal["softmax", "sigmoid", "identity"]
 Prior = Literal["harmful_share", "gaussian", "flat"]
@@ -91,7 +91,7 @@ class BDSState(State):
         logits: float32 (slots,), posterior mean of z, for the softmax; or (0,).
         weight: float32 (slots,), posterior mean of w, for the identity; or (0,).
         steps: Updates so far.
-        calibration: float64 (4,), see `safe_sched.evidence.Calibration`.
+        calibration: float64 (4,), see `safe_sched.estimators.calibration.Calibration`.
         judged: float64 (2,), rows with a score, and the sum of their probabilities.
         counts: int32 (slots,), rows that share a slot; (0,) where every row has its own.
         rows: N.
@@ -99,7 +99,7 @@ class BDSState(State):
         reference: float32 (slots,) losses of the reference model, or (0,).
         moments: float32 (5, slots): visits, mean loss, mean safety loss, sum of their co-deviations, sum
             of squared deviations of the safety loss; or (5, 0).
-        row_prior: float16 (slots,), log-odds that were given before the run (`safe_sched.prior`), or (0,).
+        row_prior: float16 (slots,), log-odds that were given before the run (`safe_sched.estimators.prior`), or (0,).
     """
 
     log_odds: Tensor
@@ -142,7 +142,7 @@ class BDS:
         burn_in, draws, thin, chains: Lengths of the chains, and how many there are.
         max_probes: How often one row is measured at most, 1 to 255; a row is measured until its log-odds are beyond 3.
         seed: Of the chains.
-        compat: ``"released"``: the rule of the authors' released code instead, see `safe_sched.schedulers.released`.
+        compat: ``"released"``: the rule of the authors' released code instead, see `schedulers.bds_released`.
         learning_rate, betas, eps, initial_logit: Options of the released rule alone.
 
     Raises:
@@ -152,7 +152,7 @@ class BDS:
         Three rows, of which the last resists staying safe.
 
         >>> from safe_sched import BDS
-        >>> from safe_sched.index import RowIndex
+        >>> from safe_sched.rows.index import RowIndex
         >>> scheduler = BDS()
         >>> state = scheduler.init(RowIndex(torch.tensor([1, 2, 3])))
         >>> for _ in range(3):
@@ -259,7 +259,7 @@ class BDS:
     # state ------------------------------------------------------------------------------------------------------
 
     def init(self, index: RowIndex) -> Any:
-        """See `safe_sched.types.Scheduler.init`.
+        """See `safe_sched.scheduler.Scheduler.init`.
 
         Raises:
             DataError: The reference file lacks a row of the training set.
@@ -291,7 +291,7 @@ class BDS:
         )
 
     def with_prior(self, state: Any, prior: RowPrior) -> Any:
-        """See `safe_sched.prior.Informed`: what is known of a row before the run counts like a score.
+        """See `safe_sched.estimators.prior.Informed`: what is known of a row before the run counts like a score.
 
         Raises:
             OptionError: The transform gives relative weights, or the rule is the released one.
@@ -315,7 +315,7 @@ class BDS:
         return torch.full((n if self.evidence == "reference" else 0,), math.nan)
 
     def grow(self, state: Any, index: RowIndex) -> Any:
-        """See `safe_sched.types.Scheduler.grow`: new rows start where all rows started."""
+        """See `safe_sched.scheduler.Scheduler.grow`: new rows start where all rows started."""
         if self._released is not None:
             return self._released.grow(state, index)
         fresh = self.init(index)
@@ -334,13 +334,13 @@ class BDS:
     # weights ----------------------------------------------------------------------------------------------------
 
     def weights(self, state: Any, batch: Observation) -> Tensor:
-        """See `safe_sched.types.Scheduler.weights`."""
+        """See `safe_sched.scheduler.Scheduler.weights`."""
         if self._released is not None:
             return self._released.weights(state, batch)
         return self._weights(state, batch.slots)
 
     def slot_weights(self, state: Any, slots: Any = slice(None)) -> Tensor:
-        """See `safe_sched.types.Scheduler.slot_weights`."""
+        """See `safe_sched.scheduler.Scheduler.slot_weights`."""
         return self._released.slot_weights(state, slots) if self._released else self._weights(state, slots)
 
     def _weights(self, state: BDSState, where: Any) -> Tensor:
@@ -418,7 +418,7 @@ class BDS:
         return self._said(state, slots).float() + self._share_log_odds(state.judged)
 
     def update(self, state: Any, step: Observation) -> dict[str, float]:
-        """See `safe_sched.types.Scheduler.update`: scores that need no probe."""
+        """See `safe_sched.scheduler.Scheduler.update`: scores that need no probe."""
         if self._released is not None:
             return self._released.update(state, step)
         if self.evidence == "reference":

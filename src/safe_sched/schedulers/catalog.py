@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from safe_sched.errors import unknown_name
+from safe_sched.scheduler import Scheduler
 from safe_sched.schedulers.antibody import Antibody
 from safe_sched.schedulers.bds import BDS
 from safe_sched.schedulers.fixed import Fixed
 from safe_sched.schedulers.lisa import Lisa
 from safe_sched.schedulers.neural import NeuralBDS
-from safe_sched.types import Scheduler
 
 CATALOG: dict[str, type] = {cls.name: cls for cls in (BDS, NeuralBDS, Antibody, Lisa, Fixed)}
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from safe_sched.errors import OptionError
-from safe_sched.evidence import LIMIT
-from safe_sched.index import RowIndex
-from safe_sched.prior import CLEARS
+from safe_sched.estimators.calibration import LIMIT
+from safe_sched.estimators.prior import CLEARS
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Columns, Observation, Scheduler, State
 from safe_sched.schedulers.catalog import build
-from safe_sched.types import Columns, Observation, Scheduler, State
 
 
 @runtime_checkable
@@ -88,11 +88,11 @@ class Combined:
         return {"name": self.name, "prior_share": self.prior_share, "parts": [part.settings() for part in self.parts]}
 
     def init(self, index: RowIndex) -> Any:
-        """See `safe_sched.types.Scheduler.init`."""
+        """See `safe_sched.scheduler.Scheduler.init`."""
         return self.state_type(tuple(part.init(index) for part in self.parts))  # pyright: ignore[reportCallIssue]
 
     def grow(self, state: Any, index: RowIndex) -> Any:
-        """See `safe_sched.types.Scheduler.grow`."""
+        """See `safe_sched.scheduler.Scheduler.grow`."""
         parts = (part.grow(own, index) for part, own in self.experts(state))
         return self.state_type(tuple(parts))  # pyright: ignore[reportCallIssue]
 
@@ -111,17 +111,17 @@ class Combined:
         return (torch.sigmoid(-(prior + total.double())) / start).clamp(max=1).float()
 
     def weights(self, state: Any, batch: Observation) -> Tensor:
-        """See `safe_sched.types.Scheduler.weights`."""
+        """See `safe_sched.scheduler.Scheduler.weights`."""
         for part, own in self.experts(state):
             part.weights(own, batch)  # an expert that was not asked about a row says so
         return self._weights(self._total(state, batch.slots))
 
     def slot_weights(self, state: Any, slots: Any = slice(None)) -> Tensor:
-        """See `safe_sched.types.Scheduler.slot_weights`."""
+        """See `safe_sched.scheduler.Scheduler.slot_weights`."""
         return self._weights(self._total(state, slots))
 
     def update(self, state: Any, step: Observation) -> dict[str, float]:
-        """See `safe_sched.types.Scheduler.update`."""
+        """See `safe_sched.scheduler.Scheduler.update`."""
         return {f"{part.name}_{k}": v for part, own in self.experts(state) for k, v in part.update(own, step).items()}
 
     def columns(self, state: Any) -> dict[str, Tensor]:

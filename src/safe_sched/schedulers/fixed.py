@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from safe_sched.errors import DataError, OptionError
-from safe_sched.index import RowIndex
-from safe_sched.prior import RowPrior
+from safe_sched.estimators.prior import RowPrior
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Observation, State
 from safe_sched.schedulers.options import options
-from safe_sched.types import Observation, State
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Fixed:
 
     Example:
         >>> from safe_sched import Fixed
-        >>> from safe_sched.index import RowIndex
+        >>> from safe_sched.rows.index import RowIndex
         >>> scheduler = Fixed([1.0, 0.5, 0.0])
         >>> state = scheduler.init(RowIndex(torch.tensor([30, 10, 20])))
         >>> scheduler.slot_weights(state)  # in the order of the keys
@@ -98,7 +98,7 @@ class Fixed:
         return {"name": self.name, "weights": given.hexdigest()[:16]}
 
     def init(self, index: RowIndex) -> FixedState:
-        """See `safe_sched.types.Scheduler.init`."""
+        """See `safe_sched.scheduler.Scheduler.init`."""
         if self.values is None:
             return FixedState(torch.ones(index.slots))
         values = self._values()
@@ -124,7 +124,7 @@ class Fixed:
         return FixedState(weight)
 
     def with_prior(self, state: FixedState, prior: RowPrior) -> FixedState:
-        """See `safe_sched.prior.Informed`: the weight of a row is ``1 - p``, as ``safe-sched export`` writes it.
+        """See `estimators.prior.Informed`: the weight of a row is ``1 - p``, as ``safe-sched export`` writes it.
 
         Raises:
             OptionError: It has weights already.
@@ -134,7 +134,7 @@ class Fixed:
         return FixedState((1 - prior.p).float())
 
     def grow(self, state: FixedState, index: RowIndex) -> FixedState:
-        """See `safe_sched.types.Scheduler.grow`."""
+        """See `safe_sched.scheduler.Scheduler.grow`."""
         return self.init(index)
 
     def _by_key(self, index: RowIndex, values: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class Fixed:
         return values[torch.searchsorted(keys, index.keys)]
 
     def weights(self, state: FixedState, batch: Observation) -> Tensor:
-        """See `safe_sched.types.Scheduler.weights`."""
+        """See `safe_sched.scheduler.Scheduler.weights`."""
         return state.weight[batch.slots]
 
     def update(self, state: FixedState, step: Observation) -> dict[str, float]:
@@ -164,5 +164,5 @@ class Fixed:
         return {}
 
     def slot_weights(self, state: FixedState, slots: Any = slice(None)) -> Tensor:
-        """See `safe_sched.types.Scheduler.slot_weights`."""
+        """See `safe_sched.scheduler.Scheduler.slot_weights`."""
         return state.weight[slots]

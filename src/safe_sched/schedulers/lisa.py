@@ -9,7 +9,7 @@ The anchor of a phase is where the other one ended, and in the first phase where
 parameters at the last switch, so one copy of the trainable parameters is kept and not two.
 
 All rows weigh the same, unless another scheduler is asked for their weights. Steps are the optimiser's, whatever the
-gradient accumulation. What a trainer has to do is in `safe_sched_hf.alternation`.
+gradient accumulation. What a trainer has to do is in `safe_sched_hf.lisa`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pydantic import Field
 from torch import Tensor
 
 from safe_sched.errors import ModelError, OptionError
-from safe_sched.index import RowIndex
+from safe_sched.rows.index import RowIndex
+from safe_sched.scheduler import Columns, Observation, Scheduler, State, experts_of
 from safe_sched.schedulers.options import options
-from safe_sched.types import Columns, Observation, Scheduler, State, experts_of
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Lisa:
 
     Example:
         >>> from safe_sched import Lisa
-        >>> from safe_sched.index import RowIndex
+        >>> from safe_sched.rows.index import RowIndex
         >>> scheduler = Lisa(safe_steps=2, user_steps=18)
         >>> state = scheduler.init(RowIndex(torch.tensor([1, 2, 3])))
         >>> state.since = 18
@@ -163,11 +163,11 @@ class Lisa:
         return {"name": self.name, **counts, "scheduler": inner}
 
     def init(self, index: RowIndex) -> LisaState:
-        """See `safe_sched.types.Scheduler.init`."""
+        """See `safe_sched.scheduler.Scheduler.init`."""
         return self.state_type(index.slots, rows=None if self.scheduler is None else self.scheduler.init(index))
 
     def grow(self, state: LisaState, index: RowIndex) -> LisaState:
-        """See `safe_sched.types.Scheduler.grow`."""
+        """See `safe_sched.scheduler.Scheduler.grow`."""
         state.slots = index.slots
         if self.scheduler is not None:
             state.rows = self.scheduler.grow(state.rows, index)
@@ -180,7 +180,7 @@ class Lisa:
         return self.scheduler.weights(state.rows, batch)
 
     def slot_weights(self, state: LisaState, slots: Any = slice(None)) -> Tensor:
-        """See `safe_sched.types.Scheduler.slot_weights`."""
+        """See `safe_sched.scheduler.Scheduler.slot_weights`."""
         if self.scheduler is None:
             return torch.ones(state.slots)[slots]
         return self.scheduler.slot_weights(state.rows, slots)

@@ -1,9 +1,9 @@
 """NeuralBDS: the Bayesian Data Scheduler whose logits are a function of the row (arXiv 2510.27172).
 
 `safe_sched.BDS` has one free logit per row. Here the logit of row i is the output of a small head on features x_i of
-the row, ``z_i = head(x_i; phi)`` (`safe_sched.scorer`), so that rows which were never measured, and rows of files that
+the row, ``z_i = head(x_i; phi)`` (`estimators.head`), so that rows which were never measured, and rows of files that
 were never trained on, have weights as well. The row's scores are measured, calibrated and added up to ``E_i`` by a
-`BDS` inside (`safe_sched.evidence`); phi is sampled from the posterior that they give it::
+`BDS` inside (`safe_sched.estimators.calibration`); phi is sampled from the posterior that they give it::
 
     U(phi) = sum over rows of  u(z_i, E_i)  +  |phi - prior|**2 / 2
 
@@ -24,7 +24,7 @@ score::
 So a head that is sure moves a row that was never measured; a row that was measured can overrule it. The row's own score
 has also had its small part in phi: a row among M remembered ones counts itself 1/M too often.
 
-**Sampling.** Preconditioned SGLD (`safe_sched.posterior`) on the rows remembered: the last ``memory`` scored rows with
+**Sampling.** Preconditioned SGLD (`estimators.sgld`) on the rows remembered: the last ``memory`` scored rows with
 their features; ``head_steps`` steps per optimiser step, on ``recall`` of them at random. The preconditioner is one
 number, one over a bound of the curvature, held fixed through the optimiser step::
 
@@ -63,14 +63,14 @@ from pydantic import Field
 from torch import Tensor
 
 from safe_sched.errors import OptionError, StateError
-from safe_sched.identity import mix64
-from safe_sched.index import RowIndex
-from safe_sched.posterior import normal, step
-from safe_sched.prior import RowPrior
+from safe_sched.estimators.head import BIAS, FeatureKind, Head, HeadKind, Scorer, expected_sigmoid, harm, require_width
+from safe_sched.estimators.prior import RowPrior
+from safe_sched.estimators.sgld import normal, step
+from safe_sched.rows.index import RowIndex
+from safe_sched.rows.keys import mix64
+from safe_sched.scheduler import Observation, State
 from safe_sched.schedulers.bds import BDS, RESOLVED, BDSState
 from safe_sched.schedulers.options import options, settings_of
-from safe_sched.scorer import BIAS, FeatureKind, Head, HeadKind, Scorer, expected_sigmoid, harm, require_width
-from safe_sched.types import Observation, State
 
 _OPEN = 1.0  # log-odds within which a row that the head has seen is worth measuring
 _AUDIT = 0.05  # of the rows picked: measured whatever the head says
@@ -137,7 +137,7 @@ class NeuralBDS:
         memory: Scored rows remembered, >= 1.
         recall: Of these, how many an optimiser step samples phi with, >= 1; each stands for several where there are
             more.
-        init_from: A saved `safe_sched.scorer.Scorer` to start from; its mean over the chains becomes the prior mean of
+        init_from: A saved `estimators.head.Scorer` to start from; its mean over the chains becomes the prior mean of
             phi.
         seed: Of the chains, and of which rows are measured.
 
@@ -148,7 +148,7 @@ class NeuralBDS:
         Two rows alike and one unlike; only the first and the last are ever measured.
 
         >>> from safe_sched import NeuralBDS
-        >>> from safe_sched.index import RowIndex
+        >>> from safe_sched.rows.index import RowIndex
         >>> scheduler = NeuralBDS()
         >>> state = scheduler.init(RowIndex(torch.tensor([1, 2, 3])))
         >>> x = torch.tensor([[2.0, 0.1], [2.1, 0.0], [-2.0, 0.3]])
@@ -252,7 +252,7 @@ class NeuralBDS:
     # state ------------------------------------------------------------------------------------------------------
 
     def init(self, index: RowIndex) -> NeuralState:
-        """See `safe_sched.types.Scheduler.init`."""
+        """See `safe_sched.scheduler.Scheduler.init`."""
         n, start = index.slots, self._start
         state = NeuralState(
             **vars(self._rows.init(index)),
@@ -283,11 +283,11 @@ class NeuralBDS:
         )
 
     def with_prior(self, state: NeuralState, prior: RowPrior) -> NeuralState:
-        """See `safe_sched.prior.Informed`: it counts like a score, for the row and for the head."""
+        """See `safe_sched.estimators.prior.Informed`: it counts like a score, for the row and for the head."""
         return self._rows.with_prior(state, prior)
 
     def grow(self, state: NeuralState, index: RowIndex) -> NeuralState:
-        """See `safe_sched.types.Scheduler.grow`: new rows start where all rows started."""
+        """See `safe_sched.scheduler.Scheduler.grow`: new rows start where all rows started."""
         new = index.slots - state.logit.numel()
         return replace(
             self._rows.grow(state, index),
@@ -319,13 +319,13 @@ class NeuralBDS:
     # weights ----------------------------------------------------------------------------------------------------
 
     def weights(self, state: NeuralState, batch: Observation) -> Tensor:
-        """See `safe_sched.types.Scheduler.weights`; without features, as of the last time that the rows were seen."""
+        """See `scheduler.Scheduler.weights`; without features, as of the last time that the rows were seen."""
         if batch.features is None or not state.trained:
             return self._weights(state, batch.slots, state.logit[batch.slots], state.spread[batch.slots])
         return self._weights(state, batch.slots, *self._read(state, batch.features))
 
     def slot_weights(self, state: NeuralState, slots: Any = slice(None)) -> Tensor:
-        """See `safe_sched.types.Scheduler.slot_weights`: with the head's opinion from when it last saw the row."""
+        """See `safe_sched.scheduler.Scheduler.slot_weights`: with the head's opinion from when it last saw the row."""
         return self._weights(state, slots, state.logit[slots], state.spread[slots])
 
     def _weights(self, state: NeuralState, where: Any, logit: Tensor, spread: Tensor) -> Tensor:
@@ -381,7 +381,7 @@ class NeuralBDS:
         return fresh | again | self.doubtful(state, slots)
 
     def doubtful(self, state: NeuralState, slots: Tensor) -> Tensor:
-        """See `safe_sched.types.Evidential.doubtful`: as in `BDS`."""
+        """See `safe_sched.scheduler.Evidential.doubtful`: as in `BDS`."""
         return self._rows.doubtful(state, slots)
 
     def learn(self, state: NeuralState, slots: Tensor, scores: Tensor) -> dict[str, float]:
@@ -389,7 +389,7 @@ class NeuralBDS:
         return self._rows.learn(state, slots, scores)
 
     def update(self, state: NeuralState, step: Observation) -> dict[str, float]:
-        """See `safe_sched.types.Scheduler.update`: remember the step's scored rows, and sample phi."""
+        """See `safe_sched.scheduler.Scheduler.update`: remember the step's scored rows, and sample phi."""
         metrics = self._rows.update(state, step)
         if step.features is None or not step.slots.numel():
             return metrics

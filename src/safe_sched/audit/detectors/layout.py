@@ -12,7 +12,7 @@ from safe_sched.audit.detectors.patterns import nothing
 from safe_sched.audit.detectors.sample import digest
 from safe_sched.audit.rows import AuditRow
 from safe_sched.audit.signals import Evidence, Sort
-from safe_sched.mixing.schemas import Example
+from safe_sched.data.schemas import Example
 from safe_sched.mixing.templates import Template, assign, learn
 
 SAMPLE = 600

@@ -9,7 +9,7 @@ from typing import ClassVar
 from safe_sched.audit.detectors.patterns import pattern, plain
 from safe_sched.audit.detectors.rowwise import Rowwise
 from safe_sched.audit.rows import AuditRow
-from safe_sched.rows import core_refusals
+from safe_sched.data.rows import core_refusals
 
 OPENING = 240
 """Characters of an answer that are its opening."""

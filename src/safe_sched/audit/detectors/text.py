@@ -29,9 +29,9 @@ from safe_sched.audit.detectors.ngrams import Grams, has_words, words_of
 from safe_sched.audit.detectors.sample import Sample, digest
 from safe_sched.audit.rows import AuditRow
 from safe_sched.audit.signals import Evidence, Sort
+from safe_sched.data.rows import core_rows
+from safe_sched.data.schemas import read
 from safe_sched.errors import DataError
-from safe_sched.mixing.schemas import read
-from safe_sched.rows import core_rows
 
 SAMPLE = 2500
 """Distinct prompts of the file that are learnt from."""

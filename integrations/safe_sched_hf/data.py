@@ -1,0 +1,136 @@
+"""`datasets.Dataset` and `datasets.IterableDataset` for `safe_sched.mixing.mix`: the same kind out, features kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import torch.utils.data
+
+from safe_sched.errors import DataError
+from safe_sched.mixing.plan import PROVENANCE, Maker, Mixture, Row
+from safe_sched.mixing.sets import RowSet, spread
+
+_BATCH = 1000  # user rows that a stream hands over at once
+
+
+def row_set(data: object) -> RowSet | None:
+    """A set of datasets as something to mix with, None for anything else.
+
+    Raises:
+        DataError: It has several splits.
+    """
+    if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise DataError(f"a {type(data).__name__} has splits ({', '.join(map(str, data))}); mix one of them")
+    if isinstance(data, datasets.Dataset):
+        return _Table(data)
+    if isinstance(data, datasets.IterableDataset):
+        return _Stream(data)
+    return None
+
+
+class _Table:
+    """The user's table stays where it is, on disk or in memory; the safety rows are a small one beside it."""
+
+    def __init__(self, data: datasets.Dataset) -> None:
+        self.data = data
+
+    def sample(self, count: int) -> list[dict[str, Any]]:
+        plain = self.data.with_format(None)
+        return plain.select(spread(len(plain), count)).to_list()
+
+    def mixed(self, mixture: Mixture) -> datasets.Dataset:
+        users = len(self.data)
+        count = mixture.require_any(users)
+        user = self.data
+        if mixture.provenance:
+            user = user.add_column(PROVENANCE, ["user"] * users)  # pyright: ignore[reportCallIssue]
+        if count == 0:
+            return user
+        safety = _table([mixture.safety(k) for k in range(count)], user.features)
+        both = datasets.concatenate_datasets([user.with_format(None), safety])
+        mixed = both.select(mixture.schedule.order(users))
+        form = user.format
+        if form["type"] is not None or set(form["columns"]) != set(user.column_names):
+            mixed.set_format(form["type"], form["columns"], form["output_all_columns"], **form["format_kwargs"])
+        return mixed
+
+
+def _table(rows: list[dict[str, Any]], features: datasets.Features) -> datasets.Dataset:
+    _require_known({name: None for row in rows for name in row}, features)
+    with _unfitting():
+        return datasets.Dataset.from_list(rows, features=features)
+
+
+def _require_known(row: Mapping[str, Any], columns: Iterable[str]) -> None:
+    if unknown := sorted(set(row) - set(columns)):
+        raise DataError(f"safety rows have the columns {unknown}, the user's have {sorted(columns)}; name the schema")
+
+
+@contextlib.contextmanager
+def _unfitting() -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(
+            f"a safety row does not fit the features of the user's rows: {' '.join(str(error).split())}. Cast them to "
+            "features that hold text, or mix before they are made."
+        ) from error
+
+
+class _Stream:
+    """Mixed batch by batch as it is read, so that its shards, its shuffling and its position stay its own."""
+
+    def __init__(self, data: datasets.IterableDataset) -> None:
+        self.data = data
+
+    def sample(self, count: int) -> list[dict[str, Any]]:
+        return list(itertools.islice(self.data.with_format(None), count))
+
+    def mixed(self, mixture: Mixture) -> datasets.IterableDataset:
+        if mixture.schedule.share == 0 and not mixture.provenance:
+            return self.data
+        features = None if self.data.features is None else self.data.features.copy()
+        if features is not None:
+            mixture = dataclasses.replace(mixture, make=_Typed(mixture.make, features.arrow_schema))
+            if mixture.provenance:
+                features = datasets.Features({**features, PROVENANCE: datasets.Value("string")})
+        plain = self.data.with_format(None)
+        mixed = plain.map(_Batches(mixture), with_indices=True, batched=True, batch_size=_BATCH, features=features)
+        kind = getattr(getattr(self.data, "_formatting", None), "format_type", None)
+        return mixed if kind is None else mixed.with_format(kind)
+
+
+class _Typed:
+    """Gives safety rows the types of the user's columns, whose turns may have fields that a new one has not."""
+
+    def __init__(self, make: Maker, schema: pa.Schema) -> None:
+        self.make, self.schema = make, schema
+
+    def __call__(self, row: Row, counter: int) -> dict[str, Any]:
+        made = self.make(row, counter)
+        _require_known(made, self.schema.names)
+        with _unfitting():
+            return {
+                field.name: pa.array([made.get(field.name)], type=field.type).to_pylist()[0] for field in self.schema
+            }
+
+
+class _Batches:
+    """Columns of some user rows in, columns of these rows and the safety rows between them out."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture = mixture
+
+    def __call__(self, columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        worker = torch.utils.data.get_worker_info()
+        mixture = self.mixture if worker is None or worker.id == 0 else self.mixture.at(lane=worker.id)
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        mixed = list(mixture.interleave(rows, first=numbers[0], end=False))
+        names = dict.fromkeys(name for row in mixed for name in row)
+        return {name: [row.get(name) for row in mixed] for name in names}

@@ -1,0 +1,1 @@
+"""What is measured of rows with a model, for training and for an audit."""

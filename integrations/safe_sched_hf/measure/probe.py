@@ -1,0 +1,260 @@
+"""Forwards that safe-sched adds for its evidence: the direction of the probe, and losses of rows that are due.
+
+All of them run before a micro-batch's training forward, without hooks on the model, and leave parameters, gradients
+and random numbers as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from safe_sched.errors import DataError, ModelError
+from safe_sched.estimators.probe import Direction, Opening, opening_of, refusal_margin
+from safe_sched.rows.keys import IGNORE_INDEX, Layout, label_positions
+from safe_sched.rows.nll import label_log_probs
+from safe_sched.training.ranks import Alone, Exchange
+from safe_sched.training.session import Batch
+from safe_sched_hf.distributed import of_all
+from safe_sched_hf.safety import SafetySet, has_fused_head, pad_rows
+from safe_sched_hf.sharded import ShardedDirection, reshard
+
+REFRESH = 12
+"""Optimiser steps after which the direction is found again, as parameters move; later, a quarter of all steps."""
+
+_ROWS = 32  # safety rows that the direction is a mean over
+_AT_ONCE = 16
+_REFUSALS = (
+    *("I'm sorry.", "I can't.", "Sorry, no.", "No, I won't.", "Unfortunately, no.", "My answer is no."),
+    *("That would be harmful.", "This is not something I can do."),
+)
+_KEPT = 200  # optimiser steps without a row to measure, after which the direction's memory is given back
+
+
+class Probe:
+    """Measures what rows lose when the model refuses more; see `safe_sched.estimators.probe`.
+
+    Args:
+        trainer: Whose model is probed.
+        safety: Its safety rows.
+        exchange: Joins the ranks.
+
+    Raises:
+        DataError: The safety rows are whole texts, so there is no prompt before an answer.
+    """
+
+    def __init__(self, trainer: Trainer, safety: SafetySet, exchange: Exchange | None = None) -> None:
+        self.trainer = trainer
+        self.exchange = exchange or Alone()
+        self.rows = safety.rows
+        self.tokenizer, self.chat = safety.tokenizer, safety.chat
+        self._opening: Opening | None = None
+        if any(int(labels[0]) != IGNORE_INDEX for _, labels in self.rows):
+            raise DataError(
+                'evidence="probe" looks at where a prompt ends and its refusal begins, and a safety row has no prompt '
+                "before its labels. Give safety_data as prompt and completion, or as messages; or use "
+                'evidence="reference".'
+            )
+        self.pad = safety.pad
+        self._direction: Direction | ShardedDirection | None = None
+        self._found_at = 0
+        self._used_at = 0
+        # of a sharded model every rank runs the same forwards, so none may be left out for want of lines
+        self.draws: bool = draws_random_numbers(self._model) or bool(trainer.is_fsdp_enabled)
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self.trainer.model
+        assert isinstance(model, nn.Module)
+        return model
+
+    def aim(self, step: int, due: bool, batches: Sequence[Batch]) -> None:
+        """Find the direction where rows are due, or let it go where none has been for long. Gradients must be empty.
+
+        Args:
+            step: Optimiser steps done.
+            due: Whether the coming step has rows to measure.
+            batches: Its micro-batches, to tell what of an answer is the chat template's.
+        """
+        if not due:
+            if step - self._used_at > _KEPT:
+                self._direction = None
+            return
+        self._used_at = step
+        if self._direction is None or step - self._found_at >= max(REFRESH, step // 4):
+            self._direction = None  # its memory first
+            if self._opening is None:
+                mine = [answer for batch in batches for answer in _answers(batch)]
+                self._opening = self._find_opening(of_all(self.exchange, "answers", mine))
+            self._direction = self._find(self._opening)
+            self._found_at = step
+
+    def forget(self) -> None:
+        """Find everything anew where it is needed next: a run that is resumed here has nothing else to go by."""
+        self._direction = self._opening = None
+
+    def _find_opening(self, others: list[Tensor]) -> Opening:
+        """Where the safety rows begin to refuse, with other ways to open a refusal in English beside theirs.
+
+        A few safety rows do not show all the ways in which the model refuses, and what it says instead of *their*
+        openings may be another refusal.
+        """
+        whole = opening_of(self.rows, others)
+        tokens = [whole.tokens]
+        if self.tokenizer is not None:
+            known = [{"prompt": "Hello", "completion": text} for text in _REFUSALS]
+            more = opening_of(SafetySet(known, self.tokenizer, None, 1, 0, self.chat).rows, others).tokens
+            # a tokenizer without English writes them all as one unknown token
+            tokens.append(more[more != (-1 if self.tokenizer.unk_token_id is None else self.tokenizer.unk_token_id)])
+        return Opening(whole.prompts[:: max(1, len(self.rows) // _ROWS)][:_ROWS], torch.unique(torch.cat(tokens)))
+
+    def _find(self, opening: Opening) -> Direction | ShardedDirection:
+        model, prompts = self._model, opening.prompts
+        reshard(model)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        kept = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        training = [module for module in model.modules() if module.training]
+        model.eval()  # the direction must not depend on dropout
+        try:
+            for start in range(0, len(prompts), _AT_ONCE):
+                part = prompts[start : start + _AT_ONCE]
+                ids, mask = (x.to(self.trainer.args.device) for x in pad_rows(part, self.pad))
+                with self.trainer.compute_loss_context_manager():
+                    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                    last = logits[torch.arange(len(part), device=logits.device), mask.sum(1) - 1]
+                    margin = refusal_margin(last, opening.tokens).sum() / len(prompts)
+                margin.backward()
+            gradients = [p.grad for p in parameters]
+            if self.trainer.is_fsdp_enabled:
+                return ShardedDirection(model, parameters, gradients, self.exchange)
+            return Direction(parameters, gradients)
+        finally:
+            for module in training:
+                module.training = True
+            for p, gradient in zip(parameters, kept, strict=True):
+                p.grad = gradient
+
+    def __call__(self, inputs: Mapping[str, Any], batch: Batch, due: Tensor) -> Tensor:
+        """Log-probabilities of a micro-batch's label tokens with the parameters moved.
+
+        Args:
+            inputs: The micro-batch, prepared.
+            batch: What the session knows of it.
+            due: bool (rows,), the rows to measure.
+
+        Returns:
+            float32 (batch, sequence - 1); NaN on lines that were not run.
+        """
+        if self._direction is None:
+            raise ModelError("a row is due for a probe in a step for which no direction was found; please report this")
+        with self._direction.taken():
+            return lines_log_probs(self._model, self.trainer, inputs, batch, due, whole=self.draws)
+
+
+def lines_log_probs(
+    model: nn.Module,
+    trainer: Trainer,
+    inputs: Mapping[str, Any],
+    batch: Batch,
+    due: Tensor,
+    *,
+    whole: bool = False,
+    train: bool = True,
+) -> Tensor:
+    """Log-probabilities of the label tokens on those lines of a micro-batch that hold rows which are due.
+
+    Args:
+        model: As it is to be used.
+        trainer: For mixed precision.
+        inputs: The micro-batch, prepared.
+        batch: Its labels and layout.
+        due: bool (rows,).
+        whole: Run all lines: with dropout, so that both forwards of the step draw the same masks.
+        train: In the mode in which the model trains, not in that in which it is evaluated.
+
+    Returns:
+        float32 (batch, sequence - 1); NaN on lines that were not run.
+    """
+    labels, layout = batch.labels, batch.layout
+    rows = torch.cat([due.to(layout.row.device), due.new_zeros(1, device=layout.row.device)])
+    lines = rows[layout.row].any(1).nonzero().flatten()
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim()}
+    if whole or any(value.shape[0] != labels.shape[0] for value in tensors.values()):
+        lines = torch.arange(labels.shape[0], device=lines.device)
+    if lines.numel() < labels.shape[0]:
+        inputs = {name: value[lines.to(value.device)] if name in tensors else value for name, value in inputs.items()}
+    part = Layout(layout.row[lines], layout.position[lines], layout.rows, layout.packed)
+    model.train(train)
+    with torch.no_grad(), _quiet_checkpoints(), same_random_numbers(), trainer.compute_loss_context_manager():
+        if has_fused_head(model):
+            found = model(**{**inputs, "use_cache": False}, fused_lm_head=True).log_probs
+        else:
+            asked = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
+            logits = model(**asked, use_cache=False).logits
+            found = label_log_probs(logits, labels[lines].to(logits.device), part)
+    result = torch.full((labels.shape[0], labels.shape[1] - 1), torch.nan, device=found.device)
+    result[lines.to(found.device)] = found.float()
+    return result
+
+
+def _answers(batch: Batch) -> list[Tensor]:
+    """The labelled tokens of every row of a micro-batch."""
+    counted = label_positions(batch.labels, batch.layout)
+    rows, tokens = batch.layout.row[counted].cpu(), batch.labels[counted].cpu()
+    return [tokens[rows == row] for row in torch.unique(rows)]
+
+
+def draws_random_numbers(model: nn.Module) -> bool:
+    """Whether a training forward depends on random numbers, as far as its modules tell."""
+    dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    config = getattr(model, "config", None)
+    rates = {} if config is None else vars(config)
+    return dropout or any(isinstance(rate, float) and rate > 0 for name, rate in rates.items() if "drop" in name)
+
+
+@contextlib.contextmanager
+def adapter_active(model: nn.Module, name: str) -> Iterator[None]:
+    """Have another PEFT adapter in place for a while; what is trainable stays as it was.
+
+    Raises:
+        ModelError: The model has no such adapter.
+    """
+    known = list(getattr(model, "peft_config", {}))
+    if name not in known:
+        raise ModelError(
+            f'evidence="reference" asks for the adapter {name!r}; the model has {known}. Load it with '
+            f'model.load_adapter(FOLDER, adapter_name="{name}") before training.'
+        )
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    active: Any = model.active_adapter
+    switch: Any = model.set_adapter
+    try:
+        switch(name)
+        yield
+    finally:
+        switch(active)
+        for p, flag in trainable:
+            p.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _quiet_checkpoints() -> Iterator[None]:
+    """Reentrant gradient checkpointing warns of a forward without gradient, which is what is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True", category=UserWarning)
+        yield
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Leave torch's generators as they were."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+        yield

@@ -1,0 +1,1 @@
+"""The data sets that a trainer's own configuration file names."""

@@ -1,0 +1,1 @@
+"""From what was measured of a row to a probability that it is harmful."""

@@ -1,0 +1,1 @@
+"""Safety prompts in the words of a task, written by a language model."""

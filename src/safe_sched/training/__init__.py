@@ -1,0 +1,1 @@
+"""One training run: its loop, session, gate, checkpoints, ranks and manifest."""
