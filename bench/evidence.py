@@ -32,7 +32,7 @@ from sklearn.metrics import roc_auc_score
 
 import safe_sched
 import safe_sched_hf
-from safe_sched import BDS
+from safe_sched import BDS, BDSReleased
 from safe_sched_hf import SafeSchedCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run as a script: python bench/evidence.py
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import TrainerCallback
 
-ARMS = {"BDS": BDS, "released": lambda: BDS(compat="released")}
+ARMS = {"BDS": BDS, "released": BDSReleased}
 TRACE_EVERY = 4  # optimiser steps
 LOW = 0.5  # a benign row under this weight has been taken for a harmful one
 

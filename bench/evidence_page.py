@@ -235,7 +235,7 @@ def write(records: Sequence[Record], command: str, path: Path) -> None:
         f"{', '.join(map(str, seeds))} (of the rows that are drawn, the safety set and the trainer). Everything in one "
         f"run of\n\n```text\n{command}\n```\n\nwith {seconds:.0f} seconds of training in all, on {machine()}.",
         f"`BDS` is {ours}, `released` the rule of the authors' code, "
-        '`BDS(compat="released")`, on the same rows in the same order. AUROC '
+        "`BDSReleased()`, on the same rows in the same order. AUROC "
         "is that of `p_harmful` in `callback.table()`, of minus the weight for the released rule: 1 puts every harmful "
         "row above every benign one, .5 tells nothing. Harmful rows pair a harmful prompt with an inert placeholder.",
         "\n".join(f"- **{name}**: {task.about}" for name, task in TASKS.items())

@@ -30,24 +30,25 @@ from bench.report import Section
 from bench.tasks import TASKS
 from examples.demo import measure, study
 from examples.demo import tasks as demo
-from safe_sched import BDS, Antibody, Fixed, Lisa
-from safe_sched_hf import SafeSchedCallback
+from safe_sched import BDS, Antibody, Fixed
+from safe_sched_hf import Lisa, SafeSchedCallback
 
 ARMS = ("undefended", "mix", "weights 1", "BDS", "Antibody", "Lisa 1/8 0.1 x16", "Lisa 1/1 0 x2", "Lisa 8/8 0.1 x2")
 WEIGHED = {"weights 1": Fixed, "BDS": BDS, "Antibody": Antibody}
 
 
-def lisa(arm: str) -> tuple[Lisa, int]:
-    """The scheduler of a Lisa arm, and the rows of a safe step.
+def lisa(arm: str) -> tuple[Lisa, str, int]:
+    """The turns of a Lisa arm, the scheduler of its user steps, and the rows of a safe step.
 
-    >>> scheduler, rows = lisa("Lisa 7/56 0.1 x16 BDS")
-    >>> scheduler.user_steps, scheduler.parts[0].name, rows
+    >>> turns, scheduler, rows = lisa("Lisa 7/56 0.1 x16 BDS")
+    >>> turns.user_steps, scheduler, rows
     (56, 'bds', 16)
     """
     found = re.fullmatch(r"Lisa (\d+)/(\d+) ([\d.e-]+) x(\d+)( BDS)?", arm)
     if found is None:
         raise SystemExit(f"unknown arm {arm!r}; allowed: {', '.join(map(repr, ARMS))}, and others of Lisa's form")
-    return Lisa(int(found[1]), int(found[2]), float(found[3]), BDS() if found[5] else None), int(found[4])
+    turns = Lisa(safe_steps=int(found[1]), user_steps=int(found[2]), rho=float(found[3]))
+    return turns, "bds" if found[5] else "fixed", int(found[4])
 
 
 def run(base: Path, plan: Plan) -> dict[str, Any]:
@@ -55,19 +56,20 @@ def run(base: Path, plan: Plan) -> dict[str, Any]:
     rows = TASKS[plan.task].rows(plan.rows, plan.share, plan.seed)
     safety = demo.safety_rows(plan.safety_rows, plan.seed)
     extra: list[Any] = safety if plan.arm == "mix" else []
-    ours = None
+    ours = turns = None
     if plan.arm in WEIGHED:
         ours = SafeSchedCallback(WEIGHED[plan.arm](), safety_data=safety, safety_batch_size=plan.safety_batch)
     elif plan.arm not in ("undefended", "mix"):
-        scheduler, size = lisa(plan.arm)
-        ours = SafeSchedCallback(scheduler, safety_data=safety, safety_batch_size=size)
+        turns, scheduler, size = lisa(plan.arm)
+        ours = SafeSchedCallback(scheduler, parts=[turns], safety_data=safety, safety_batch_size=size)
     result = study.finetune(
         base, rows, callbacks=[ours] if ours else [], extra_rows=extra, epochs=plan.epochs, seed=plan.seed
     )
     trained = len(extra) * plan.epochs
     if ours is not None:
-        turns = ours.alternation
-        trained = ours.session.steps * plan.safety_batch if turns is None else turns["safety_rows_trained_on"]
+        trained = ours.session.steps * plan.safety_batch
+    if turns is not None:
+        trained = turns.summary()["safety_rows_trained_on"]
     scores = measure.evaluate(result.model, result.tokenizer).as_dict()
     return {"seconds": result.seconds, "safety_rows": trained, "scores": scores}
 

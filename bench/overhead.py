@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from safe_sched import BDS
+from safe_sched import BDS, BDSReleased
 from safe_sched.rows.index import RowIndex
 from safe_sched.scheduler import Observation
 from safe_sched_hf.measure.refusals import REFRESH
@@ -171,18 +171,19 @@ def update(sizes: Sizes) -> Section:
     """What BDS does in a step, without a model."""
     batch, length = sizes.training.batch, sizes.training.sequence
     generator, lines = torch.Generator().manual_seed(0), []
-    kinds = (("settled", BDS()), ("every row scored", BDS()), ("released rule", BDS(compat="released")))
+    kinds = (("settled", BDS()), ("every row scored", BDS()), ("released rule", BDSReleased()))
     for (kind, scheduler), rows in itertools.product(kinds, sizes.update_rows):
         state = scheduler.init(RowIndex(torch.arange(rows)))
         times: list[float] = []
         while len(times) < 10 or sum(times) < 1e3 * sizes.update_seconds:
             slots = torch.randint(rows, (batch,), generator=generator)
-            step = Observation(slots, 1 + torch.rand(batch), torch.full((batch,), length), len(times))
+            loss = {"nll": 1 + torch.rand(batch)}
+            step = Observation(slots, torch.full((batch,), length), len(times), loss)
             scores = 0.1 * torch.randn(batch, generator=generator)
             began = time.perf_counter()
             if kind == "every row scored":
-                scheduler.learn(state, slots, scores)
-            scheduler.due(state, slots)
+                scheduler.learn(state, "probe", slots, scores)
+            scheduler.due(state, "probe", slots)
             scheduler.weights(state, step)
             scheduler.update(state, step)
             times.append(1e3 * (time.perf_counter() - began))

@@ -35,7 +35,7 @@ from examples.demo import model as demo_model
 from examples.demo import study, tasks
 from safe_sched import BDS, Antibody, Fixed
 from safe_sched_hf import SafeSchedCallback
-from safe_sched_hf.sampling import Act
+from safe_sched_hf.callback import Act
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from safe_sched.rows.keys import IGNORE_INDEX
 from safe_sched.training.session import Session
 from safe_sched_hf import SafeSchedCallback
 from safe_sched_hf import attach as attachment
-from safe_sched_hf.measure.refusals import Refusals
+from safe_sched_hf.measure.refusals import RefusalOddsMeasurement
 from safe_sched_hf.safety import pad_rows
 
 THREADS = min(2, os.cpu_count() or 1)
@@ -266,11 +266,11 @@ def time_own_code() -> None:
     for owner, name in (
         (attachment, "batch_fields"),
         (attachment, "token_weights"),
-        (attachment.Attachment, "_set_gate"),
+        (Company, "after_forward"),
         (Session, "begin_step"),
         (Session, "end_step"),
         (Session, "effective_sample_size"),
-        (Refusals, "before_step"),
+        (RefusalOddsMeasurement, "before_step"),
     ):
         timed(owner, name)
 

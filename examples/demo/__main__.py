@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _arms(rows: list[tasks.Row]) -> list[tuple[str, study.Arm, SafeSchedCallback | None]]:
     """The arms in the order of the table, with the callback of the defended one."""
-    from safe_sched import BDS, Antibody, Fixed
+    from safe_sched import BDS, Antibody, BDSReleased, Fixed
     from safe_sched_hf import SafeSchedCallback
 
     safety = tasks.load("safety")[:SAFETY_ROWS]
@@ -107,7 +107,7 @@ def _arms(rows: list[tasks.Row]) -> list[tuple[str, study.Arm, SafeSchedCallback
         return SafeSchedCallback(scheduler, safety_data=safety, safety_batch_size=SAFETY_BATCH)
 
     equal, released, ours, antibody = (
-        with_safety(scheduler) for scheduler in (Fixed(), BDS(compat="released"), BDS(), Antibody())
+        with_safety(scheduler) for scheduler in (Fixed(), BDSReleased(), BDS(), Antibody())
     )
     return [
         ("undefended", undefended, None),

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from safe_sched_hf.alignment import FlatAlignmentCallback
-    from safe_sched_hf.callback import SafeSchedCallback
+    from safe_sched_hf.alignment import FlatAlignmentCallback as FlatAlignmentCallback
+    from safe_sched_hf.callback import SafeSchedCallback as SafeSchedCallback
+    from safe_sched_hf.lisa import Lisa as Lisa
 
-__all__ = ["FlatAlignmentCallback", "SafeSchedCallback"]
+_ROOMS = {"FlatAlignmentCallback": "alignment", "Lisa": "lisa", "SafeSchedCallback": "callback"}
+__all__ = ["FlatAlignmentCallback", "Lisa", "SafeSchedCallback"]
 
 
 def __getattr__(name: str) -> Any:
     # late: the entry point of this package is read where no trainer is installed, and by commands that need none
-    if name == "SafeSchedCallback":
-        from safe_sched_hf.callback import SafeSchedCallback
-
-        return SafeSchedCallback
-    if name == "FlatAlignmentCallback":
-        from safe_sched_hf.alignment import FlatAlignmentCallback
-
-        return FlatAlignmentCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"safe_sched_hf.{_ROOMS[name]}"), name)
 
 
 def __dir__() -> list[str]:

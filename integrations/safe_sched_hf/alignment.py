@@ -36,11 +36,11 @@ from safe_sched.errors import DataError, ModelError, OptionError, StateError, un
 from safe_sched.rows.keys import IGNORE_INDEX
 from safe_sched.training.checkpoint import load_state, require_same, save_state
 from safe_sched.training.flat_alignment import Flatness, Flattened, flatten
+from safe_sched_hf.attach import Wrapping, calling_trainer, refuse_unsupported
 from safe_sched_hf.callback import SafeSchedCallback
 from safe_sched_hf.measure.probe import same_random_numbers
 from safe_sched_hf.rows import first_rows
 from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, prompt_and_completion, safety_loss
-from safe_sched_hf.wrapping import Wrapping, calling_trainer, refuse_unsupported
 
 ALIGNMENT_FILE = "safe_sched_alignment.safetensors"
 _OPTIONS = (

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
+import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import safe_sched
 from safe_sched.data.rows import CORE
-from safe_sched.errors import DataError, OptionError, unknown_name
+from safe_sched.errors import DataError, ModelError, OptionError, unknown_name
 from safe_sched.estimators.head import Scorer
 from safe_sched.scheduler import Scheduler
-from safe_sched.schedulers import Lisa, build
+from safe_sched.schedulers import build
 from safe_sched.training.checkpoint import STATE_FILE
+from safe_sched.training.loop import Company, Part, Run, measurements_for, part_of
 from safe_sched.training.ranks import Exchange
 from safe_sched.training.record import RunRecord, versions
 from safe_sched.training.session import Normalizer, Session, require_normalizer
-from safe_sched_hf.attach import Attachment
+from safe_sched_hf.attach import Attachment, calling_trainer, refuse_unsupported, trial_of
 from safe_sched_hf.distributed import exchange_of, telling
-from safe_sched_hf.lisa import Alternation, check_options, refuse_optimizer
-from safe_sched_hf.measure.probe import Probe
-from safe_sched_hf.measure.refusals import Refusals
-from safe_sched_hf.noise import add_noise
+from safe_sched_hf.noise import ParameterNoise
 from safe_sched_hf.prior import read_prior, require_prior
 from safe_sched_hf.rows import first_rows, index_rows
-from safe_sched_hf.safety import SafetyData, SafetySet, are_chats, backward_safety_share
-from safe_sched_hf.sampling import Act, Sampling, require_act
-from safe_sched_hf.sharded import refuse_sharded
-from safe_sched_hf.wrapping import calling_trainer, refuse_unsupported, trial_of
+from safe_sched_hf.safety import SafetyBatch, SafetyData, SafetySet, are_chats
+from safe_sched_hf.sampling import Sampling
+
+Act = Literal["weight", "sample"]
 
 _OPTIONS = (
     "scheduler",
@@ -40,6 +42,7 @@ _OPTIONS = (
     "normalizer",
     "model_temperature",
     "act",
+    "parts",
     "seed",
     "report",
     "prior",
@@ -61,7 +64,7 @@ class SafeSchedCallback(TrainerCallback):
             .jsonl, .json, .csv or .parquet file, a list of dicts or a `datasets.Dataset`, in any schema that TRL's
             SFTTrainer takes. Plain prompts and completions are put into the chat template where the training rows
             are chats. None: no safety batch.
-        safety_batch_size: Safety rows per optimiser step, >= 1; with `safe_sched.Lisa`, per safe step. None:
+        safety_batch_size: Safety rows per optimiser step, >= 1; with `safe_sched_hf.Lisa`, per safe step. None:
             ``per_device_train_batch_size``, as many times as there are processes. They divide them among themselves.
         safety_weight: Factor of the safety loss, >= 0. At 0 the rows are not trained on: the scheduler only asks them.
         normalizer: What the weighted loss is a mean over: ``"token"``, the trainer's own; or ``"row"``, the mean over
@@ -71,7 +74,9 @@ class SafeSchedCallback(TrainerCallback):
         act: What a weight does to a row. ``"weight"``: it multiplies what the row teaches. ``"sample"``: it is the
             probability that the row is trained on at all; rows left out cost nothing, and the expected gradient is the
             same (see `safe_sched.training.sampling`).
-        seed: Of the order of the safety rows, of that noise and of what is sampled. None: the trainer's seed.
+        parts: What else takes part in the run: objects such as `safe_sched_hf.Lisa`, or names of registered parts; see
+            `safe_sched.training.loop`.
+        seed: Random seed of the order of the safety rows, of that noise and of what is sampled. None: the trainer's.
         report: What is left in the output folder beside the manifest: ``"table"``, what `table` returns, or ``"none"``.
         prior: The column of the training set that says of every row how likely it is harmful, from 0 to 1, before the
             run: ``"safe_sched.p_harmful"`` in the rows that ``safe-sched audit --out`` writes. For `safe_sched.BDS`,
@@ -104,6 +109,7 @@ class SafeSchedCallback(TrainerCallback):
         normalizer: Normalizer = "token",
         model_temperature: float = 0.0,
         act: Act = "weight",
+        parts: Sequence[Part | str] = (),
         seed: int | None = None,
         report: Literal["none", "table"] = "table",
         prior: str | None = None,
@@ -120,20 +126,19 @@ class SafeSchedCallback(TrainerCallback):
         if report not in ("none", "table"):
             raise OptionError(f"report={report!r}; allowed: 'none', 'table'")
         require_normalizer(normalizer)
+        if act not in get_args(Act):
+            raise OptionError(f"act={act!r}; allowed: {', '.join(map(repr, get_args(Act)))}")
         self.scheduler = build(scheduler)
-        if not isinstance(self.scheduler, Scheduler):
-            raise OptionError(f"{scheduler!r} is not a scheduler; use safe_sched.BDS, safe_sched.Fixed, or a name")
-        for evidence in self._evidence() & {"probe", "covariance"} if safety_data is None else ():
-            raise OptionError(
-                f'{self.scheduler.name!r} with evidence="{evidence}" learns from safety rows: '
-                'give safety_data, for example safety_data="core"'
-            )
-        if not safety_weight and self._evidence() & {"covariance"}:
-            raise OptionError('evidence="covariance" needs a safety loss in every step: give safety_weight > 0')
-        check_options(self.scheduler, safety_data, safety_weight, model_temperature)
-        require_act(act, self.scheduler)
         if prior is not None:
             require_prior(prior, self.scheduler)
+        self._company = Company(
+            measurements_for(self.scheduler), _parts(parts, act, safety_data, safety_weight, model_temperature)
+        )
+        self._company.each(
+            "require",
+            self.scheduler,
+            {"safety_data": safety_data, "safety_weight": safety_weight, "model_temperature": model_temperature},
+        )
         self.prior = prior
         self.act: Act = act
         self.safety_data = safety_data
@@ -148,12 +153,6 @@ class SafeSchedCallback(TrainerCallback):
         self._session: Session | None = None
         self._safety: SafetySet | None = None
         self._attachment: Attachment | None = None
-        self._alternation: Alternation | None = None
-
-    def _evidence(self) -> set[str]:
-        """What its scheduler, or the parts of it, learn from."""
-        parts = getattr(self.scheduler, "parts", (self.scheduler,))
-        return {kind for part in parts if (kind := getattr(part, "evidence", None))}
 
     @property
     def session(self) -> Session:
@@ -171,11 +170,6 @@ class SafeSchedCallback(TrainerCallback):
             `safe_sched.training.session.Session.table`.
         """
         return self.session.table()
-
-    @property
-    def alternation(self) -> dict[str, int] | None:
-        """With `Lisa`: ``safe_steps`` and ``safety_rows_trained_on`` so far, repeats counted. Otherwise None."""
-        return None if self._alternation is None else self._alternation.summary()
 
     def scorer(self) -> Scorer:
         """What a `safe_sched.NeuralBDS` has learned, for rows that it has never seen.
@@ -197,16 +191,19 @@ class SafeSchedCallback(TrainerCallback):
         """Refuse what can never be defended, while the script is still setting up."""
         trainer, _ = calling_trainer(self)
         self._refuse(trainer)
-        if isinstance(self.scheduler, Lisa):
-            refuse_optimizer(trainer)
         dataset = trainer.train_dataset
         if hasattr(dataset, "__len__") and len(dataset) == 0:  # pyright: ignore[reportArgumentType]
             raise DataError("the training set has no rows; give the trainer at least one row to train on")
 
     def _refuse(self, trainer: Trainer) -> None:
         refuse_unsupported(trainer, self, ranks=True)
-        if trainer.is_fsdp_enabled:
-            refuse_sharded(self.scheduler, self._evidence(), self.model_temperature)
+        self._company.each("refuse", trainer)
+        for part in self._company if trainer.is_fsdp_enabled else ():
+            if part.unsharded:
+                raise ModelError(
+                    f"SafeSchedCallback does not support {part.unsharded}, where FSDP shards the model. Use DDP, or "
+                    "BDS() or NeuralBDS() without it."
+                )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -234,35 +231,46 @@ class SafeSchedCallback(TrainerCallback):
         tokenizer, sample = kwargs.get("processing_class"), first_rows(loader.dataset)
         self._safety = self._read_safety(self.safety_data, args, tokenizer, sample)
         settings: dict[str, Any] = {"safety": self._safety_settings(), "act": self.act, "prior": None}
+        settings["parts"] = self._company.settings()
         if self.model_temperature:
             settings["model_temperature"] = self.model_temperature
         self._session = Session(self.scheduler, index, self.normalizer, settings, exchange)
         if self.prior is not None:
             self._session.take_prior(read_prior(trainer.train_dataset, self.prior))
-        self._alternation = None
-        if isinstance(self.scheduler, Lisa):
-            self._alternation = Alternation(trainer, self._session, self._safety, self.safety_weight)
-        sampling = None
-        if self.act == "sample":
-            seed = args.seed if self.seed is None else self.seed
-            self._session.settings["sample_seed"] = seed
-            sampling = Sampling(trainer, self._session, loader, seed)
+        seed = args.seed if self.seed is None else self.seed
+        model = trainer.model
+        assert isinstance(model, nn.Module)
+        run = Run(
+            model,
+            self._session,
+            torch.device(args.device),
+            backward=trainer.accelerator.backward,
+            precision=trainer.compute_loss_context_manager,
+            prepare=lambda inputs: trainer._prepare_inputs(dict(inputs)),
+            rows_at_once=args.per_device_train_batch_size,
+            safety=self._safety,
+            tokenizer=tokenizer,
+            default_safety=functools.cache(lambda: self._read_safety(CORE, args, tokenizer, sample)),
+            seed=seed,
+            dataset=loader.dataset,
+            collate=loader.collate_fn,
+            progress=not args.disable_tqdm,
+            sharded=bool(trainer.is_fsdp_enabled),
+            safety_weight=self.safety_weight,
+            wrapped=trainer.model_wrapped,
+            trainer=trainer,
+            optimizer=trainer.optimizer,
+            loader=loader,
+        )
+        company = self._company
+        company.begin(run)
         folder = None
         if state.global_step > 0:
             folder = resumed_from or f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            self._session.load(Path(folder) / STATE_FILE, steps=state.global_step)
-            if self._alternation is not None:
-                self._alternation.resumed()
+            company.load(self._session.load(Path(folder) / STATE_FILE, steps=state.global_step))
         self._session.require_same()
-        evidence, probe, refusals = self._evidence(), None, None
-        if "probe" in evidence and self._safety is not None:
-            probe = Probe(trainer, self._safety, exchange)
-        if "refusal" in evidence:
-            asked = self._safety or self._read_safety(CORE, args, tokenizer, sample)
-            assert asked is not None
-            refusals = Refusals(trainer, self._session, asked)
-            refusals.first_pass(loader.dataset, loader.collate_fn, progress=not args.disable_tqdm)
-        attachment, self._record = Attachment(trainer, self._session, probe, refusals, sampling), None
+        company.each("ready")
+        attachment, self._record = Attachment(trainer, run, company), None
         exchange("ready")
         # the last thing before training: an error until here, on any rank, leaves the folder as it is
         if state.is_world_process_zero:
@@ -300,59 +308,41 @@ class SafeSchedCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say which epoch is sampled."""
-        if self._attachment is not None and self._attachment.sampling is not None:
-            self._attachment.sampling.begin_epoch()
+        """Tell the parts."""
+        if self._attachment is not None:
+            self._company.each("begin_epoch")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Run the safety batch: gradients are empty now, so the user's micro-batches add to its own."""
-        attachment = self._attachment
-        if attachment is None:
-            return
-        exchange, number = self.session.exchange, state.global_step
-        with telling(exchange):
-            attachment.aim()
-            if self._alternation is not None:
-                self._alternation.before_step()
-                return
-            if self._safety is None or not self.safety_weight:
-                return
-            self.session.safety_loss = backward_safety_share(
-                attachment.trainer, self._safety, number, self.safety_weight, f"at step {number}", exchange
-            )
-        attachment.note({"safe_sched/safety_loss": self.session.safety_loss})
+        """Gradients are empty now, so the user's micro-batches add to those of the parts."""
+        if self._attachment is not None:
+            with telling(self.session.exchange):
+                self._attachment.before_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Shake the parameters, where that was asked for."""
-        if self._alternation is not None and self._attachment is not None:
-            self._alternation.after_optimizer()
-        if self.model_temperature and self._attachment is not None:
-            seed = args.seed if self.seed is None else self.seed
-            add_noise(
-                kwargs["optimizer"], self.model_temperature, self.session.index.rows, seed=seed, step=state.global_step
-            )
+        """Tell the parts that the parameters have moved."""
+        if self._attachment is not None:
+            self._company.each("after_optimizer")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let the scheduler learn from the step; then a safe phase, where Lisa has one due."""
+        """Let the scheduler learn from the step, then tell the parts."""
         attachment = self._attachment
         assert attachment is not None
         attachment.note(self.session.end_step())
-        if self._alternation is not None:
-            last = control.should_training_stop or state.global_step >= state.max_steps
-            attachment.note(self._alternation.after_step(last=last, log=control.should_log))
+        last = control.should_training_stop or state.global_step >= state.max_steps
+        attachment.note(self._company.after_step(last=last, log=control.should_log))
         if control.should_log:
             attachment.note({"safe_sched/ess": self.session.effective_sample_size()})
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Where something has stopped training early: the safe phase of Lisa that is owed."""
-        if self._alternation is not None and self._attachment is not None and control.should_training_stop:
-            self._attachment.note(self._alternation.after_step(last=True, log=False))
+        """Where something has stopped training early: what parts still owe."""
+        if self._attachment is not None and control.should_training_stop:
+            self._attachment.note(self._company.after_step(last=True, log=False))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the scheduler's state beside the checkpoint."""
@@ -360,9 +350,8 @@ class SafeSchedCallback(TrainerCallback):
             folder = Path(self._attachment.trainer._get_output_dir(trial_of(self._attachment.trainer)))
             folder = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             about = {} if self._record is None else self._record.checkpoint(folder)
-            self.session.save(folder / STATE_FILE, version=safe_sched.__version__, **about)
-        if self._attachment is not None:
-            self._attachment.forget()
+            self.session.save(folder / STATE_FILE, self._company.save(), version=safe_sched.__version__, **about)
+            self._company.each("forget")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -371,8 +360,8 @@ class SafeSchedCallback(TrainerCallback):
         if self._attachment is None:
             return
         trainer = self._attachment.trainer
-        if self._alternation is not None and not args.load_best_model_at_end:
-            self._alternation.after_step(last=True, log=False)  # stopped by what the last evaluation said
+        if not args.load_best_model_at_end:
+            self._company.after_step(last=True, log=False)  # stopped by what the last evaluation said
         self._attachment.detach()
         self._attachment = None
         if self._record is not None and self.session.steps:
@@ -400,6 +389,18 @@ class SafeSchedCallback(TrainerCallback):
                 "trainer_steps": state.global_step,
             },
             **({} if self.source is None else {"source": self.source}),
-            **({} if self.alternation is None else {"alternation": self.alternation}),
+            "parts": [part.settings() | part.summary() for part in self._company.parts],
             "versions": versions(("torch", "transformers", "trl", "peft", "accelerate", "datasets")),
         }
+
+
+def _parts(
+    given: Sequence[Part | str], act: Act, safety_data: SafetyData | None, safety_weight: float, temperature: float
+) -> list[Part]:
+    """The parts of a run: those that were given, and those that options of the callback stand for."""
+    parts = [part_of(part) for part in given]
+    if safety_data is not None and safety_weight and not any(part.brings_safety_rows for part in parts):
+        parts.append(SafetyBatch())
+    if act == "sample":
+        parts.append(Sampling())
+    return [*parts, ParameterNoise(temperature)] if temperature else parts

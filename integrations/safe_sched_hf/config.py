@@ -22,7 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from safe_sched.errors import OptionError, unknown_name
 from safe_sched.scheduler import Scheduler
 from safe_sched.training.session import Normalizer
-from safe_sched_hf.methods import at, method_names, scheduler_of
+from safe_sched_hf.methods import at, method_names, part_from, scheduler_of
 
 if TYPE_CHECKING:
     from safe_sched_hf.callback import SafeSchedCallback
@@ -75,6 +75,7 @@ class Settings(BaseModel):
         normalizer: ``"token"`` or ``"row"``.
         model_temperature: Of Langevin noise on the model's parameters, >= 0.
         act: ``"weight"`` or ``"sample"``.
+        parts: What else takes part: names, or ``{name: lisa, safe_steps: 2}`` with options; see `part_from`.
         seed: None: the trainer's.
         mix: Safety rows between the rows of the training set; None or false: none, true: with its defaults.
         report: What is written beside the manifest: ``"table"``, the final weight of every row, or ``"none"``.
@@ -99,6 +100,7 @@ class Settings(BaseModel):
     normalizer: Normalizer = "token"
     model_temperature: Annotated[_Number, Field(ge=0)] = 0.0
     act: Literal["weight", "sample"] = "weight"
+    parts: list[str | dict[str, Any]] = Field(default_factory=list)
     seed: Annotated[_Whole, Field(ge=0)] | None = None
     mix: Mix | None = None
     report: Literal["none", "table"] = "table"
@@ -111,6 +113,13 @@ class Settings(BaseModel):
     def _known_method(cls, method: Any) -> Any:
         scheduler_of(method)
         return method
+
+    @field_validator("parts")
+    @classmethod
+    def _known_parts(cls, parts: list[Any]) -> list[Any]:
+        for number, part in enumerate(parts):
+            part_from(part, f"{_WHERE}.parts.{number}")
+        return parts
 
     @field_validator("mix", mode="before")
     @classmethod
@@ -141,6 +150,7 @@ class Settings(BaseModel):
                 normalizer=self.normalizer,
                 model_temperature=self.model_temperature,
                 act=self.act,
+                parts=[part_from(part, f"{self._where}.parts.{i}") for i, part in enumerate(self.parts)],
                 seed=self.seed,
                 report=self.report,
                 prior=self.prior,
@@ -212,6 +222,8 @@ def read_settings(block: Any, *, where: str = _WHERE) -> Settings:
         _require_known(block["mix"], Mix, f"{where}.mix")
     if "method" in block:  # here, for the sake of the key's path
         scheduler_of(block["method"], f"{where}.method")
+    for number, part in enumerate(block["parts"] if isinstance(block.get("parts"), list) else ()):
+        part_from(part, f"{where}.parts.{number}")
     try:
         settings = Settings.model_validate(dict(block))
     except ValidationError as error:

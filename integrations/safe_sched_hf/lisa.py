@@ -1,127 +1,199 @@
-"""Lisa in a trainer: safe phases between the trainer's own steps, and the pull that ties the two together.
+"""Lisa, lazy safety alignment (arXiv 2405.18641): user steps and safe steps take turns, tied to each other.
 
-User steps are the trainer's own, so batches, counters and schedules are those of the plain run and no batch is lost.
-The pull is put into the empty gradients before a step, so clipping sees the sum. When a user phase is full, the safe
-phase runs at the end of that step, before the trainer saves: a checkpoint never lies within one. A safe step is an
-optimiser step like the trainer's: same optimiser, autocast and clipping. Its learning rate is the mean one of the user
-phase that it follows; at the end of a schedule that falls to 0 the current one would teach nothing.
+With theta the trainable parameters, f the trainer's own loss (rows weighted by the scheduler of the run) and h the loss
+of a safety batch, a run repeats::
+
+    user_steps optimiser steps on    f(theta) + (rho / 2) |theta - anchor|^2
+    safe_steps optimiser steps on    h(theta) + (rho / 2) |theta - anchor|^2
+
+The anchor of a phase is where the other one ended, and in the first phase where training began. Both are the parameters
+at the last switch, so one copy of the trainable parameters is kept and not two.
+
+User steps are the trainer's own, so batches, counters and schedules are those of the plain run and no batch is lost. The
+pull is put into the empty gradients before a step, so clipping sees the sum. When a user phase is full, the safe phase
+runs at the end of that step, before the trainer saves: a checkpoint never lies within one. A safe step is an optimiser
+step like the trainer's: same optimiser, autocast and clipping. Its learning rate is the mean one of the user phase that
+it follows; at the end of a schedule that falls to 0 the current one would teach nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from transformers import Trainer
+from pydantic import Field
+from torch import Tensor
 
 from safe_sched.errors import ModelError, OptionError, StateError
-from safe_sched.scheduler import Scheduler
-from safe_sched.schedulers.lisa import Lisa, LisaState, copy_of, distance, pull
-from safe_sched.training.session import Session
+from safe_sched.scheduler import Scheduler, checked
+from safe_sched.training.loop import Part, Run
+from safe_sched.training.session import Batch
 from safe_sched_hf.distributed import telling
-from safe_sched_hf.safety import SafetyData, SafetySet, backward_safety_share
+from safe_sched_hf.safety import backward_safety_share
 
 
-class Alternation:
-    """The turns of one ``train()``.
+@checked
+class Lisa(Part):
+    """User steps and safe steps in turns, each pulled towards where the other ended.
 
     Args:
-        trainer: At the start of training, with its optimiser.
-        session: Of a `Lisa`, before a saved state is loaded into it.
-        safety: Its safety rows; None where it takes no safe steps.
-        weight: Factor of the safety loss.
+        safe_steps: Optimiser steps on safety rows in a turn, >= 0; 0 leaves the pull towards the start alone.
+        user_steps: Optimiser steps on the user's rows in a turn, >= 1.
+        rho: Strength of the pull, >= 0, usually 0.01 to 1; 0 for none, which also saves the copy of the parameters.
 
     Raises:
-        ModelError: The optimiser has no gradients to add to.
-        OptionError: Training ends before the first user phase does.
+        OptionError: An option is unknown or out of range; or, when training starts, it ends before the first user phase.
+
+    Example:
+        >>> from safe_sched_hf import Lisa, SafeSchedCallback
+        >>> callback = SafeSchedCallback("bds", parts=[Lisa(safe_steps=2, user_steps=18)], safety_data="core")
+        >>> Lisa(user_steps=0)
+        Traceback (most recent call last):
+        ...
+        safe_sched.errors.OptionError: Lisa(user_steps=0): Input should be greater than or equal to 1
     """
 
-    def __init__(self, trainer: Trainer, session: Session, safety: SafetySet | None, weight: float) -> None:
-        assert isinstance(session.scheduler, Lisa)
-        refuse_optimizer(trainer)
-        _require_a_turn(session.scheduler, trainer.state.max_steps)
-        self.trainer = trainer
-        self.session = session
-        self.scheduler = session.scheduler
-        self.safety = safety
-        self.weight = weight
-        self.state.rates = torch.zeros(len(self._groups), dtype=torch.float64)
+    name: ClassVar[str] = "lisa"
+    brings_safety_rows = True
+    unsharded = "Lisa, which keeps a copy of the parameters"
+
+    safe_steps: Annotated[int, Field(ge=0)] = 100
+    user_steps: Annotated[int, Field(ge=1)] = 900
+    rho: Annotated[float, Field(ge=0)] = 0.1
+
+    def settings(self) -> dict[str, Any]:
+        """See `Part.settings`."""
+        return {"name": self.name, "safe_steps": self.safe_steps, "user_steps": self.user_steps, "rho": self.rho}
+
+    def require(self, scheduler: Scheduler[Any], options: Mapping[str, Any]) -> None:
+        """See `Part.require`."""
+        if self.safe_steps and options.get("safety_data") is None:
+            raise OptionError(
+                f"Lisa(safe_steps={self.safe_steps}) trains on safety rows in turns: give safety_data, for example "
+                'safety_data="core"'
+            )
+        if self.safe_steps and not options.get("safety_weight"):
+            raise OptionError("safety_weight=0 leaves Lisa's safe steps nothing to learn: give safety_weight > 0")
+        if temperature := options.get("model_temperature"):
+            raise OptionError(
+                f"model_temperature={temperature} samples the posterior of one loss, and Lisa takes turns between "
+                "two; use model_temperature=0, or leave Lisa out"
+            )
+
+    def refuse(self, trainer: Any) -> None:
+        """Refuse optimisers that step while gradients are still being computed.
+
+        Raises:
+            ModelError: Naming the option.
+        """
+        name = str(getattr(trainer.args.optim, "value", trainer.args.optim)).lower()
+        if "lomo" in name or "layerwise" in name:
+            raise ModelError(
+                f"optim={name!r} steps within the backward, where Lisa's pull and its safe steps cannot reach it. Use "
+                "another optimiser, for example optim='adamw_torch'."
+            )
+
+    def begin(self, run: Run) -> None:
+        """See `Part.begin`."""
+        if run.trainer is None:
+            raise OptionError(
+                "Lisa takes steps of its own and needs a trainer to take them with; use SafeSchedCallback"
+            )
+        self.refuse(run.trainer)
+        self._require_a_turn(run.trainer.state.max_steps)
+        self.run = run
+        self.since = self.safe_steps_done = 0
+        self.anchor: dict[str, Tensor] = {}
+        self.rates = torch.zeros(len(self._groups), dtype=torch.float64)
         self._switch()
 
     @property
-    def state(self) -> LisaState:
-        """Where in its turns the run is."""
-        state = self.session.state
-        assert isinstance(state, LisaState)
-        return state
-
-    @property
-    def _model(self) -> nn.Module:
-        model = self.trainer.model
-        assert isinstance(model, nn.Module)
-        return model
-
-    @property
-    def _optimizer(self) -> Any:
-        return self.trainer.optimizer
-
-    @property
     def _groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
+        return self.run.optimizer.param_groups
 
     def _parameters(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.run.model.named_parameters() if p.requires_grad}
 
-    def resumed(self) -> None:
-        """Put a loaded anchor where the parameters are.
+    def _require_a_turn(self, max_steps: int) -> None:
+        if self.safe_steps and max_steps < self.user_steps:
+            short = max(1, max_steps // 10)
+            raise OptionError(
+                f"Lisa(user_steps={self.user_steps}) in a run of {max_steps} optimiser steps takes no whole turn: one "
+                "safe phase at the end would undo what was learned, or nothing. Give several short turns, for example "
+                f"Lisa(safe_steps={-(-short * self.safe_steps // self.user_steps)}, user_steps={short})."
+            )
+
+    def due(self, since: int, *, last: bool = False) -> int:
+        """How many safe steps to take now.
+
+        Args:
+            since: User steps since the last switch.
+            last: Whether training ends here. A last user phase that is shorter than the others is followed by a safe
+                phase that is as much shorter, rounded up.
+
+        Example:
+            >>> Lisa(safe_steps=2, user_steps=18).due(18)
+            2
+        """
+        if last or since >= self.user_steps:
+            return -(-self.safe_steps * min(since, self.user_steps) // self.user_steps)
+        return 0
+
+    # events -----------------------------------------------------------------------------------------------------
+
+    def before_step(self, batches: Sequence[Batch]) -> None:
+        """The pull of a user step, on empty gradients."""
+        self._pull()
+
+    def after_optimizer(self) -> None:
+        """Note the learning rates of a user step, before its schedule goes on."""
+        self.since += 1
+        self.rates += torch.tensor([float(group["lr"]) for group in self._groups], dtype=torch.float64)
+
+    def after_step(self, *, last: bool, log: bool) -> dict[str, float]:
+        """A safe phase, where one is due."""
+        found: dict[str, float] = {}
+        due = self.due(self.since, last=last)
+        if self.rho and (log or due):
+            found["user_distance"] = distance(self._parameters(), self.anchor)
+        if due:
+            found |= self._safe_phase(due)
+        return found | ({"safe_steps": float(self.safe_steps_done)} if log else {})
+
+    def summary(self) -> dict[str, int]:
+        """Optimiser steps on safety rows so far, and how many rows they took, repeats counted."""
+        rows = 0 if self.run.safety is None else self.safe_steps_done * self.run.safety.batch_size
+        return {"safe_steps_done": self.safe_steps_done, "safety_rows_trained_on": rows}
+
+    def save(self) -> dict[str, Tensor]:
+        """See `Part.save`: user steps since the last switch, safe steps done, the sum of the rates, and the anchor."""
+        counts = {"since": torch.tensor(self.since), "safe_steps_done": torch.tensor(self.safe_steps_done)}
+        return counts | {"rates": self.rates} | {f"anchor.{name}": value.cpu() for name, value in self.anchor.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Part.load`.
 
         Raises:
-            StateError: It is not one of these parameters.
+            StateError: The anchor is not one of these parameters.
         """
-        anchor = self.state.anchor
-        for name, parameter in self._parameters().items() if self.scheduler.rho else ():
+        if not {"since", "safe_steps_done", "rates"} <= tensors.keys():
+            raise StateError(
+                f"the saved state holds {sorted(tensors) or 'nothing'} of Lisa; needed: since, safe_steps_done, rates "
+                "and its anchor. Resume from another checkpoint, or start again without resuming."
+            )
+        self.since, self.safe_steps_done = int(tensors["since"]), int(tensors["safe_steps_done"])
+        self.rates = tensors["rates"]
+        anchor = {name.removeprefix("anchor."): t for name, t in tensors.items() if name.startswith("anchor.")}
+        for name, parameter in self._parameters().items() if self.rho else ():
             if name not in anchor or anchor[name].shape != parameter.shape:
                 raise StateError(
                     f"the saved state has no anchor of the shape {tuple(parameter.shape)} for {name}: it belongs to "
                     "another model. Resume with the same model and adapter, or start again without resuming."
                 )
             anchor[name] = anchor[name].to(parameter)
-
-    # a user step ------------------------------------------------------------------------------------------------
-
-    def before_step(self) -> None:
-        """The pull of a user step, on empty gradients."""
-        self._pull()
-
-    def after_optimizer(self) -> None:
-        """Note the learning rates of a user step, before its schedule goes on."""
-        self.state.rates += torch.tensor([float(group["lr"]) for group in self._groups], dtype=torch.float64)
-
-    def after_step(self, *, last: bool, log: bool) -> dict[str, float]:
-        """A safe phase, where one is due.
-
-        Args:
-            last: Whether training ends with this step.
-            log: Whether the trainer is about to log.
-
-        Returns:
-            Numbers to log.
-        """
-        found: dict[str, float] = {}
-        due = self.scheduler.due(self.state, last=last)
-        if self.scheduler.rho and (log or due):
-            found["safe_sched/user_distance"] = distance(self._parameters(), self.state.anchor)
-        if due:
-            found |= self._safe_phase(due)
-        return found | ({"safe_sched/safe_steps": float(self.state.safe_steps)} if log else {})
-
-    def summary(self) -> dict[str, int]:
-        """For the manifest: optimiser steps on safety rows, and how many rows they took, repeats counted."""
-        rows = 0 if self.safety is None else self.state.safe_steps * self.safety.batch_size
-        return {"safe_steps": self.state.safe_steps, "safety_rows_trained_on": rows}
+        self.anchor = anchor
 
     # a safe phase -----------------------------------------------------------------------------------------------
 
@@ -131,30 +203,29 @@ class Alternation:
         with self._mean_rates():
             for _ in range(steps):
                 losses.append(self._safe_step())
-                self.state.safe_steps += 1
-        found = {"safe_sched/safety_loss": sum(losses) / len(losses)}
-        if self.scheduler.rho:
-            found["safe_sched/safe_distance"] = distance(self._parameters(), self.state.anchor)
+                self.safe_steps_done += 1
+        found = {"safety_loss": sum(losses) / len(losses)}
+        if self.rho:
+            found["safe_distance"] = distance(self._parameters(), self.anchor)
         self._switch()
-        self.state.since = 0
-        self.state.rates.zero_()
+        self.since = 0
+        self.rates.zero_()
         return found
 
     def _safe_step(self) -> float:
-        trainer, model, number = self.trainer, self._model, self.state.safe_steps
-        assert self.safety is not None
-        _train_mode(self._optimizer)
+        run, number = self.run, self.safe_steps_done
+        _train_mode(run.optimizer)
         self._pull()
-        exchange = self.session.exchange
-        with telling(exchange):
+        with telling(run.exchange):
             # no backward of the trainer's follows in which the ranks would average their gradients
             loss = backward_safety_share(
-                trainer, self.safety, number, self.weight, f"in safe step {number}", exchange, reduce=exchange.ranks > 1
+                run, run.safety, number, f"in safe step {number}", reduce=run.exchange.ranks > 1
             )
+        trainer = run.trainer
         if trainer.args.max_grad_norm > 0:
-            trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
-        self._optimizer.step()
-        model.zero_grad()
+            trainer.accelerator.clip_grad_norm_(run.model.parameters(), trainer.args.max_grad_norm)
+        run.optimizer.step()
+        run.model.zero_grad()
         return loss
 
     @contextlib.contextmanager
@@ -163,8 +234,8 @@ class Alternation:
         groups = self._groups
         kept = [group["lr"] for group in groups]
         try:
-            for group, total in zip(groups, self.state.rates.tolist(), strict=True):
-                mean = total / self.state.since
+            for group, total in zip(groups, self.rates.tolist(), strict=True):
+                mean = total / self.since
                 group["lr"] = torch.full_like(group["lr"], mean) if isinstance(group["lr"], Tensor) else mean
             yield
         finally:
@@ -174,23 +245,23 @@ class Alternation:
     # the pull ---------------------------------------------------------------------------------------------------
 
     def _switch(self) -> None:
-        if not self.scheduler.rho:
+        if not self.rho:
             return
-        parameters, anchor = self._parameters(), self.state.anchor
+        parameters, anchor = self._parameters(), self.anchor
         if parameters.keys() != anchor.keys():
-            self.state.anchor = copy_of(parameters)
+            self.anchor = copy_of(parameters)
             return
         with torch.no_grad():
             for name, parameter in parameters.items():
                 anchor[name].copy_(parameter)  # in place: never two copies
 
     def _pull(self) -> None:
-        if not self.scheduler.rho:
+        if not self.rho:
             return
-        _train_mode(self._optimizer)
-        scaler = self.trainer.accelerator.scaler
+        _train_mode(self.run.optimizer)
+        scaler = self.run.trainer.accelerator.scaler
         scale = 1.0 if scaler is None else float(scaler.get_scale())
-        pull(self._parameters(), self.state.anchor, self.scheduler.rho, scale)
+        pull(self._parameters(), self.anchor, self.rho, scale)
 
 
 def _train_mode(optimizer: Any) -> None:
@@ -199,49 +270,58 @@ def _train_mode(optimizer: Any) -> None:
         optimizer.train()
 
 
-def check_options(
-    scheduler: Scheduler[Any], safety_data: SafetyData | None, safety_weight: float, model_temperature: float
-) -> None:
-    """Refuse options of the callback that do not go together with `Lisa`; harmless for other schedulers.
+# the pull --------------------------------------------------------------------------------------------------------
+
+
+def copy_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An anchor: the parameters as they are now, by name."""
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+@torch.no_grad()
+def pull(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor], rho: float, scale: float = 1.0) -> None:
+    """Add the gradient of ``(rho / 2) |theta - anchor|^2`` to the parameters' gradients: ``rho (theta - anchor)``.
+
+    Args:
+        parameters: theta by name, tensors that are trained.
+        anchor: Tensors of the same names and shapes, on the same devices.
+        rho: >= 0.
+        scale: What the gradients are to be multiplied by, where the trainer scales its loss.
 
     Raises:
-        OptionError: Naming what to give instead.
+        ModelError: Other parameters are trained now than when the anchor was taken.
+
+    Example:
+        >>> theta = torch.tensor([1.0, 3.0], requires_grad=True)
+        >>> pull({"theta": theta}, {"theta": torch.tensor([1.0, 1.0])}, rho=0.5)
+        >>> theta.grad
+        tensor([0., 1.])
     """
-    if not isinstance(scheduler, Lisa):
-        return
-    if scheduler.safe_steps and safety_data is None:
-        raise OptionError(
-            f"Lisa(safe_steps={scheduler.safe_steps}) trains on safety rows in turns: give safety_data, for example "
-            'safety_data="core"'
-        )
-    if scheduler.safe_steps and not safety_weight:
-        raise OptionError("safety_weight=0 leaves Lisa's safe steps nothing to learn: give safety_weight > 0")
-    if model_temperature:
-        raise OptionError(
-            f"model_temperature={model_temperature} samples the posterior of one loss, and Lisa takes turns between "
-            "two; use model_temperature=0, or another scheduler"
-        )
+    _require_same_names(parameters, anchor)
+    for name, parameter in parameters.items():
+        gradient = (parameter - anchor[name]).mul_(rho * scale)
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad.add_(gradient)
 
 
-def _require_a_turn(scheduler: Lisa, max_steps: int) -> None:
-    if scheduler.safe_steps and max_steps < scheduler.user_steps:
-        short = max(1, max_steps // 10)
-        raise OptionError(
-            f"Lisa(user_steps={scheduler.user_steps}) in a run of {max_steps} optimiser steps takes no whole turn: one "
-            "safe phase at the end would undo what was learned, or nothing. Give several short turns, for example "
-            f"Lisa(safe_steps={-(-short * scheduler.safe_steps // scheduler.user_steps)}, user_steps={short})."
-        )
+@torch.no_grad()
+def distance(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> float:
+    """``|theta - anchor|``, the Euclidean norm over all parameters together.
 
-
-def refuse_optimizer(trainer: Trainer) -> None:
-    """Refuse optimisers that step while gradients are still being computed.
-
-    Raises:
-        ModelError: Naming the option.
+    Example:
+        >>> distance({"theta": torch.tensor([3.0, 4.0])}, {"theta": torch.zeros(2)})
+        5.0
     """
-    name = str(getattr(trainer.args.optim, "value", trainer.args.optim)).lower()
-    if "lomo" in name or "layerwise" in name:
+    _require_same_names(parameters, anchor)
+    apart = [float((parameter - anchor[name]).float().norm()) for name, parameter in parameters.items()]
+    return float(torch.tensor(apart, dtype=torch.float64).norm())
+
+
+def _require_same_names(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> None:
+    if changed := parameters.keys() ^ anchor.keys():
         raise ModelError(
-            f"optim={name!r} steps within the backward, where Lisa's pull and its safe steps cannot reach it. Use "
-            "another optimiser, for example optim='adamw_torch'."
+            f"Lisa pulls towards the parameters of the last switch, and {len(changed)} of them were frozen or unfrozen "
+            f"since (first: {min(changed)}). Choose what is trained before training starts."
         )

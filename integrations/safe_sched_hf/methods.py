@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safe_sched.errors import OptionError, SafeSchedError, unknown_name
-from safe_sched.hooks import third_party_schedulers
-from safe_sched.scheduler import Scheduler
+from safe_sched.hooks import parts, third_party_schedulers
+from safe_sched.scheduler import Scheduler, require_options
 from safe_sched.schedulers import CATALOG, build, combine
+from safe_sched.schedulers.catalog import known_schedulers
+from safe_sched.training.loop import Part, part_of
 
 COMBINED = "combined"
 """The name of several methods as one: ``{name: combined, parts: [bds, antibody]}``."""
@@ -21,8 +22,7 @@ def scheduler_of(method: Any, where: str = "safe_sched.method") -> Scheduler[Any
 
     Args:
         method: A name in the catalogue, or a mapping with ``name`` and options. ``{name: combined, parts: [...],
-            prior_share: 0.1}`` is `safe_sched.combine`; the ``scheduler`` of ``{name: lisa, scheduler: ...}`` is
-            written like a method.
+            prior_share: 0.1}`` is `safe_sched.combine`.
         where: The key's path, for messages.
 
     Raises:
@@ -43,15 +43,10 @@ def scheduler_of(method: Any, where: str = "safe_sched.method") -> Scheduler[Any
         )
     if name == COMBINED:
         return _combined(options, where)
-    kind = CATALOG.get(name) or third_party_schedulers().get(name)
-    if kind is None:
+    known = known_schedulers(name)
+    if name not in known:
         raise at(where, unknown_name("method", name, method_names()))
-    allowed = _options_of(kind)
-    for option in options:
-        if allowed is not None and option not in allowed:
-            raise at(f"{where}.{option}", unknown_name(f"option of {name!r}", option, allowed))
-    if name == "lisa" and options.get("scheduler") is not None:
-        options["scheduler"] = scheduler_of(options["scheduler"], f"{where}.scheduler")
+    _require_options(known[name], name, options, where)
     try:
         return build(name, **options)
     except SafeSchedError as error:
@@ -81,9 +76,38 @@ def _combined(options: dict[str, Any], where: str) -> Scheduler[Any]:
         raise at(where, error) from error
 
 
-def _options_of(kind: type) -> list[str] | None:
-    """The names of a scheduler's options; None where its class does not declare them."""
-    return [field.name for field in dataclasses.fields(kind) if field.init] if dataclasses.is_dataclass(kind) else None
+def part_from(part: Any, where: str = "safe_sched.parts.0") -> Part:
+    """A part of the loop from what a block says of it: a name, or a mapping with ``name`` and options.
+
+    Raises:
+        OptionError: The name or an option is unknown or out of range.
+
+    Example:
+        >>> part_from({"name": "lisa", "safe_steps": 2, "user_steps": 18}).settings()["user_steps"]
+        18
+    """
+    name = part.get("name") if isinstance(part, Mapping) else part
+    options = {str(k): v for k, v in part.items() if k != "name"} if isinstance(part, Mapping) else {}
+    known = parts()
+    if not isinstance(name, str):
+        raise OptionError(
+            f"{where}: {part!r}; allowed: a name, or a name with options. Names: {', '.join(sorted(known))}"
+        )
+    if name not in known:
+        raise at(where, unknown_name("part", name, known))
+    _require_options(known[name], name, options, where)
+    try:
+        return part_of(name, **options)
+    except SafeSchedError as error:
+        raise at(_key_in(str(error), where, options), error) from error
+
+
+def _require_options(kind: type, name: str, options: Mapping[str, Any], where: str) -> None:
+    for option in options:
+        try:
+            require_options(kind, {option: None}, f"option of {name!r}")
+        except OptionError as error:
+            raise at(f"{where}.{option}", error) from None
 
 
 def _key_in(message: str, where: str, options: Mapping[str, Any]) -> str:

@@ -19,6 +19,30 @@ import torch
 from torch import Tensor
 
 from safe_sched.rows.keys import mix64
+from safe_sched.training.loop import Part
+
+
+class ParameterNoise(Part):
+    """Langevin noise on the parameters after every optimiser step.
+
+    Args:
+        temperature: T, > 0; 1 makes the run a chain of samples of the posterior over the model.
+    """
+
+    name = "parameter_noise"
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.unsharded = f"model_temperature={temperature}"
+
+    def settings(self) -> dict[str, Any]:
+        """See `Part.settings`."""
+        return {"name": self.name, "temperature": self.temperature}
+
+    def after_optimizer(self) -> None:
+        """See `Part.after_optimizer`."""
+        rows = self.run.session.index.rows
+        add_noise(self.run.optimizer, self.temperature, rows, seed=self.run.seed, step=self.run.step)
 
 
 @torch.no_grad()

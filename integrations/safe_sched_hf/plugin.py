@@ -12,6 +12,30 @@ from safe_sched.hooks import AuditRequest, RowLosses, RowLossesRequest, hookimpl
 
 if TYPE_CHECKING:
     from safe_sched.audit.signals import Detector
+    from safe_sched.training.loop import Measurement, Part
+
+
+@hookimpl
+def safe_sched_measurements() -> Mapping[str, type[Measurement[Any]]]:
+    """See `safe_sched.hooks.safe_sched_measurements`; nothing where transformers is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return {}
+    from safe_sched_hf.measure import MEASUREMENTS
+
+    return MEASUREMENTS
+
+
+@hookimpl
+def safe_sched_parts() -> Mapping[str, type[Part]]:
+    """See `safe_sched.hooks.safe_sched_parts`; nothing where transformers is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return {}
+    from safe_sched_hf.lisa import Lisa
+    from safe_sched_hf.noise import ParameterNoise
+    from safe_sched_hf.safety import SafetyBatch
+    from safe_sched_hf.sampling import Sampling
+
+    return {part.name: part for part in (SafetyBatch, Sampling, Lisa, ParameterNoise)}
 
 
 @hookimpl

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from safe_sched.errors import DataError, OptionError
-from safe_sched.estimators.prior import Informed
 
 
 def require_prior(prior: Any, scheduler: Any) -> None:
@@ -26,7 +25,7 @@ def require_prior(prior: Any, scheduler: Any) -> None:
             'its rows. Of findings: dataset.add_column("p_harmful", findings.table["p_harmful"].to_pylist()), before '
             'anything drops or moves rows, then prior="p_harmful"'
         )
-    if not isinstance(scheduler, Informed):
+    if not scheduler.takes_prior:
         raise OptionError(f"{scheduler.name!r} takes no prior; use BDS, NeuralBDS or Fixed, or leave prior out")
 
 

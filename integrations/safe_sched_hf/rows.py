@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from safe_sched.errors import DataError
 from safe_sched.rows.index import RowIndex
-from safe_sched.rows.keys import Layout, keys_of, keys_of_flat, layout_of
+from safe_sched.rows.keys import batch_fields, keys_of, keys_of_flat
 from safe_sched.rows.nll import label_counts
 
 _TRIED = 16  # rows that decide whether the fast path is right
@@ -128,27 +128,6 @@ def _from_batches(dataset: Any, collate: Callable[[list[Any]], Any], progress: b
         packed |= batch_fields(collated)[2].rows != len(items)
         parts.append(_keys_of_collated(collated))
     return torch.cat([k for k, _ in parts]), torch.cat([n for _, n in parts]), packed
-
-
-def batch_fields(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Layout]:
-    """Tokens, labels and rows of a micro-batch as a trainer's collator made it.
-
-    Raises:
-        DataError: There are no tokens or no labels to go by.
-    """
-    input_ids, labels = inputs.get("input_ids"), inputs.get("labels")
-    if not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor) or labels.shape != input_ids.shape:
-        raise DataError(
-            f"a training batch has the fields {sorted(inputs)}; needed: input_ids and labels of one shape. Use a "
-            "collator that makes labels, for example DataCollatorForLanguageModeling(tokenizer, mlm=False)."
-        )
-    layout = layout_of(
-        input_ids,
-        attention_mask=inputs.get("attention_mask"),
-        position_ids=inputs.get("position_ids"),
-        cu_seq_lens=inputs.get("cu_seq_lens_q"),
-    )
-    return input_ids, labels, layout
 
 
 def _keys_of_collated(inputs: Any) -> tuple[Tensor, Tensor]:

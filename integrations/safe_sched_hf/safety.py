@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from safe_sched.data.rows import read_rows
 from safe_sched.errors import DataError, NumericsError
 from safe_sched.rows.index import RowIndex
 from safe_sched.rows.keys import IGNORE_INDEX, keys_of_flat
-from safe_sched.training.ranks import Exchange
+from safe_sched.training.loop import Part, Run
+from safe_sched.training.session import Batch
 
 SafetyData = str | Path | Iterable[Mapping[str, Any]]
 _SCHEMAS = "messages; conversations; prompt and completion; text; input_ids (with labels)"
@@ -155,28 +155,17 @@ def safety_loss(model: nn.Module, batch: dict[str, Tensor], wrapped: nn.Module |
     return ((per_token * counted).sum(1) / counted.sum(1)).mean()
 
 
-def backward_safety_share(
-    trainer: Trainer,
-    safety: SafetySet,
-    number: int,
-    weight: float,
-    when: str,
-    exchange: Exchange,
-    *,
-    reduce: bool = False,
-) -> float:
-    """Add the gradient of ``weight * L_safe`` to the model's; of several ranks, each its share of it.
+def backward_safety_share(run: Run, safety: SafetySet, number: int, when: str, *, reduce: bool = False) -> float:
+    """Add the gradient of ``run.safety_weight * L_safe`` to the model's; of several ranks, each its share of it.
 
     Ranks average their gradients, and each has only its own rows of the batch S, so its mean over them counts
     ``ranks * rows / |S|`` times.
 
     Args:
-        trainer: Whose model, autocast, gradient scale and device are used.
+        run: Whose model, autocast, gradient scale and device are used.
         safety: Whose batch it is.
         number: Which batch.
-        weight: Factor of the loss.
         when: In which step, for the message.
-        exchange: Joins the ranks.
         reduce: Whether the ranks are to average their gradients in this backward; otherwise they join the next one that
             does.
 
@@ -186,20 +175,21 @@ def backward_safety_share(
     Raises:
         NumericsError: The loss is not finite.
     """
+    exchange = run.exchange
     batch, rows = safety.share(number, exchange.rank, exchange.ranks)
     counts = exchange.ranks * rows / safety.batch_size
-    value = backward_safety_loss(trainer, batch, weight * counts, when, reduce=reduce)
+    value = backward_safety_loss(run, batch, run.safety_weight * counts, when, reduce=reduce)
     said = exchange("safety loss", torch.tensor([value * rows], dtype=torch.float64))
     return value if exchange.ranks == 1 else sum(float(total) for (total,) in said) / safety.batch_size
 
 
 def backward_safety_loss(
-    trainer: Trainer, batch: dict[str, Tensor], weight: float, when: str, *, reduce: bool = False
+    run: Run, batch: dict[str, Tensor], weight: float, when: str, *, reduce: bool = False
 ) -> float:
     """Add the gradient of ``weight * L_safe`` to the model's, as the trainer runs forwards and backwards.
 
     Args:
-        trainer: Whose model, autocast, gradient scale and device are used.
+        run: Whose model, autocast, gradient scale and device are used.
         batch: From `SafetySet.batch`.
         weight: Factor of the loss.
         when: In which step, for the message.
@@ -211,20 +201,31 @@ def backward_safety_loss(
     Raises:
         NumericsError: The loss is not finite.
     """
-    model = trainer.model
-    assert isinstance(model, nn.Module)
+    model = run.model
     model.train()
-    batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
-    with trainer.compute_loss_context_manager():
-        loss = safety_loss(model, batch, trainer.model_wrapped if reduce else model)
+    batch = {name: value.to(run.device) for name, value in batch.items()}
+    with run.precision():
+        loss = safety_loss(model, batch, run.wrapped if reduce else model)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise NumericsError(
             f"the safety loss is {value} {when}. Lower the learning rate or safety_weight, or train in bfloat16 or "
             "float32 instead of float16."
         )
-    trainer.accelerator.backward(weight * loss)
+    run.backward(weight * loss)
     return value
+
+
+class SafetyBatch(Part):
+    """Trains on a batch of safety rows in every optimiser step, beside the user's: adds ``safety_weight * L_safe``."""
+
+    name = "safety_batch"
+
+    def before_step(self, batches: Sequence[Batch]) -> None:
+        """Gradients are empty now, so those of the user's micro-batches add to these."""
+        run, step = self.run, self.run.step
+        loss = backward_safety_share(run, run.safety, step, f"at step {step}")
+        run.session.note({"safety_loss": loss})
 
 
 def has_fused_head(model: nn.Module) -> bool:

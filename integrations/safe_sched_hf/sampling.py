@@ -7,10 +7,9 @@ compared with what was drawn, row by row.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -18,28 +17,15 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler
-from transformers import Trainer
 
-from safe_sched.errors import CoverageError, DataError, ModelError, OptionError
+from safe_sched.errors import CoverageError, DataError, ModelError
 from safe_sched.rows.index import RowIndex
+from safe_sched.training.loop import Choice, Part, Run
 from safe_sched.training.sampling import Draws, Items, Step
-from safe_sched.training.session import Batch, Session
+from safe_sched.training.session import Batch
 from safe_sched_hf.rows import keys_of_table
 
-Act = Literal["weight", "sample"]
-
 _CHUNK = 4096  # packed items read at once
-
-
-def require_act(name: str, scheduler: Any) -> None:
-    """Raise an `OptionError` unless ``name`` is a way to act, and one that the scheduler is made for."""
-    if name not in get_args(Act):
-        raise OptionError(f"act={name!r}; allowed: {', '.join(map(repr, get_args(Act)))}")
-    if name == "sample" and len(inspect.signature(scheduler.slot_weights).parameters) < 2:
-        raise OptionError(
-            f'act="sample" asks for the weights of some slots, and {scheduler.name!r} gives those of all only; let its '
-            'slot_weights take (state, slots), or use act="weight"'
-        )
 
 
 class DrawnBatches:
@@ -69,41 +55,36 @@ class DrawnBatches:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Turn(Choice):
     """An optimiser step as the ranks go through it.
 
     Attributes:
         step: As this rank has drawn it.
-        idle: Which micro-batches nothing is to be computed for, on any rank.
-        stand_ins: Which only keep a place on this rank, as another has rows there.
-        rows: Rows that teach, kept or not, on all ranks.
-        kept: The share of them that is trained on.
-        tokens: Their label tokens.
+        tokens: Label tokens of the rows that teach.
     """
 
     step: Step
-    idle: list[bool]
-    stand_ins: list[bool]
-    rows: int
-    kept: float
     tokens: int
 
 
-class Sampling:
-    """Sampling at work in one ``train()`` of one trainer. Use `attach` and `detach`.
+class Sampling(Part):
+    """A weight is the probability that its row is trained on at all: `safe_sched.training.sampling` in a trainer."""
 
-    Args:
-        trainer: In the ``train()`` that this is to last for.
-        session: Whose weights it goes by; it gets the draws, and saves them.
-        loader: The training loader.
-        seed: Of the draws.
+    name = "sampling"
 
-    Raises:
-        DataError: The set is a stream, or packed by the collator.
-        ModelError: The loader has no batch sampler, or gives its batches in another order.
-    """
+    def settings(self) -> dict[str, Any]:
+        """See `Part.settings`."""
+        return {"name": self.name}
 
-    def __init__(self, trainer: Trainer, session: Session, loader: Any, seed: int) -> None:
+    def begin(self, run: Run) -> None:
+        """See `Part.begin`.
+
+        Raises:
+            DataError: The set is a stream, or packed by the collator.
+            ModelError: The loader has no batch sampler, or gives its batches in another order.
+        """
+        super().begin(run)
+        session, loader, trainer = run.session, run.loader, run.trainer
         if session.index.streaming:
             raise DataError(
                 'act="sample" chooses among the rows of a set, and this one is a stream: rows that were read have been '
@@ -125,15 +106,23 @@ class Sampling:
         self._base = sampler
         self._trainer, self._session, self._state = trainer, session, trainer.state
         self._steps = max(-(-len(loader) // trainer.args.gradient_accumulation_steps), 1)
-        self._epoch: int | None = None
+        self._epoch = -1  # before the first epoch of this run
         tokens = session.index.label_tokens
         assert tokens is not None
         items = items_of(loader.dataset, session.index)
         accumulation = trainer.args.gradient_accumulation_steps
         self.draws = Draws(
-            items, tokens, session.chances_of, seed=seed, accumulation=accumulation, exchange=session.exchange
+            items, tokens, session.chances_of, seed=run.seed, accumulation=accumulation, exchange=session.exchange
         )
-        session.draws = self.draws
+        session.settings["sample_seed"] = run.seed
+
+    def save(self) -> dict[str, Tensor]:
+        """See `Part.save`."""
+        return self.draws.tensors()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Part.load`."""
+        self.draws.restore(dict(tensors))
 
     def attach(self) -> None:
         """Put the batch sampler in."""
@@ -141,21 +130,21 @@ class Sampling:
         # a DataLoader does not let itself be changed, but asks for its sampler at the start of every epoch
         object.__setattr__(self._holder, "batch_sampler", own)
 
-    def detach(self) -> None:
+    def end(self) -> None:
         """Give the loader its own batch sampler back; harmless when called twice."""
         object.__setattr__(self._holder, "batch_sampler", self._base)
 
     def begin_epoch(self) -> None:
         """Before the trainer goes through its loader."""
         skip = 0
-        if self._epoch is None:  # the first epoch of this run, which may have begun in an earlier one
+        if self._epoch < 0:  # the first epoch of this run, which may have begun in an earlier one
             self._epoch, skip = divmod(self._trainer.state.global_step, self._steps)
             skip = 0 if self._trainer.args.ignore_data_skip else skip
         else:
             self._epoch += 1
         self.draws.begin_epoch(self._epoch, skip)
 
-    def take(self, count: int) -> Turn:
+    def choose(self, count: int) -> Turn:
         """The next step that the trainer has loaded, as all ranks will go through it.
 
         Args:
@@ -164,7 +153,7 @@ class Sampling:
         step, exchange = self.draws.take(count), self._session.exchange
         idle = [batch.idle for batch in step.batches]
         if exchange.ranks == 1:
-            return Turn(step, idle, [False] * count, step.rows, step.kept, int(step.tokens.sum()))
+            return Turn(idle, [False] * count, step.rows, step.kept, step, int(step.tokens.sum()))
         works = [
             not (batch.idle or (batch.inverse.numel() and not bool(batch.inverse.any()))) for batch in step.batches
         ]
@@ -177,20 +166,16 @@ class Sampling:
         # the ranks average their gradients in the last micro-batch, so that one is never idle
         idle = [not some and number < count - 1 for number, some in enumerate(anywhere)]
         stand_ins = [not mine and not nothing for mine, nothing in zip(works, idle, strict=True)]
-        return Turn(step, idle, stand_ins, rows, kept / max(rows, 1), tokens)
+        return Turn(idle, stand_ins, rows, kept / max(rows, 1), step, tokens)
 
-    def scale(self, turn: Turn, batches: Sequence[Batch], mean: str, trained: int) -> None:
-        """Tell the micro-batches that are not idle what their rows' weights are multiplied by.
-
-        Args:
-            turn: From `take`.
-            batches: Those of its micro-batches that are not idle.
-            mean: See `safe_sched.training.sampling.Step.scales`.
-            trained: Label tokens that the trainer's loss is a mean over, where that is ``"step"``.
+    def scale(self, choice: Choice, batches: Sequence[Batch], mean: str, trained: int) -> None:
+        """See `Part.scale`.
 
         Raises:
             CoverageError: A micro-batch holds other rows than were drawn.
         """
+        assert isinstance(choice, Turn)
+        turn = choice
         share, ranks = None, self._session.exchange.ranks
         if ranks > 1 and self._trainer.args.average_tokens_across_devices:
             share = trained / max(turn.tokens, 1)

@@ -7,10 +7,27 @@ binds the weight in the backward pass. `safe_sched_hf` plugs it into HF Trainer 
 from typing import TYPE_CHECKING
 
 from safe_sched.errors import SafeSchedError
-from safe_sched.schedulers import BDS, Antibody, Fixed, Lisa, NeuralBDS, combine
+from safe_sched.needs import NLL
+from safe_sched.scheduler import Observation, PerRow, Scheduler, State
+from safe_sched.schedulers import BDS, Antibody, BDSReleased, Fixed, NeuralBDS, combine
 
 if TYPE_CHECKING:
     from safe_sched.audit.run import audit as audit  # at run time the package, which is called like the function
 
-__all__ = ["BDS", "Antibody", "Fixed", "Lisa", "NeuralBDS", "SafeSchedError", "__version__", "audit", "combine"]
+__all__ = [
+    "BDS",
+    "NLL",
+    "Antibody",
+    "BDSReleased",
+    "Fixed",
+    "NeuralBDS",
+    "Observation",
+    "PerRow",
+    "SafeSchedError",
+    "Scheduler",
+    "State",
+    "__version__",
+    "audit",
+    "combine",
+]
 __version__ = "0.1.0.dev0"

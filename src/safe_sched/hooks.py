@@ -26,7 +26,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import pluggy
 import torch
@@ -38,6 +38,10 @@ from safe_sched.generation import Device, Dtype, LocalModel, TextGenerator
 if TYPE_CHECKING:
     from safe_sched.audit.signals import Detector
     from safe_sched.data.tokens import Tokenizer
+    from safe_sched.scheduler import Scheduler
+    from safe_sched.training.loop import Measurement, Part
+
+T = TypeVar("T")
 
 PROJECT = "safe_sched"
 """The name of the entry point group."""
@@ -192,12 +196,25 @@ def safe_sched_row_losses(request: RowLossesRequest) -> RowLosses | None:  # pyr
 
 
 @hookspec
-def safe_sched_schedulers() -> Mapping[str, type]:  # pyright: ignore[reportReturnType]
+def safe_sched_schedulers() -> Mapping[str, type[Scheduler[Any]]]:  # pyright: ignore[reportReturnType]
     """Schedulers by name, for `safe_sched.schedulers.catalog.build`.
 
-    Each is a class whose arguments are its options, and whose instances are a `safe_sched.scheduler.Scheduler`. A name
-    that is built in stays what it is.
+    Each is a subclass of `safe_sched.scheduler.Scheduler` whose arguments are its options. A name that is built in stays
+    what it is.
     """
+
+
+@hookspec
+def safe_sched_measurements() -> Mapping[str, type[Measurement[Any]]]:  # pyright: ignore[reportReturnType]
+    """Measurements by the name of the need that they measure, for `safe_sched.training.loop`.
+
+    Each is a subclass of `safe_sched.training.loop.Measurement`, built with the need.
+    """
+
+
+@hookspec
+def safe_sched_parts() -> Mapping[str, type[Part]]:  # pyright: ignore[reportReturnType]
+    """Parts of the training loop by name: subclasses of `safe_sched.training.loop.Part` whose arguments are their options."""
 
 
 @hookspec(firstresult=True)
@@ -397,19 +414,44 @@ class NamedTokenizer:
         return self._loaded
 
 
-def third_party_schedulers() -> dict[str, type]:
+def third_party_schedulers() -> dict[str, type[Scheduler[Any]]]:
     """The schedulers of all plugins, by name.
 
     Raises:
         PluginError: Two plugins give one name to different schedulers.
     """
-    found: dict[str, type] = {}
-    for schedulers in manager().hook.safe_sched_schedulers():
-        for name, kind in schedulers.items():
+    return _by_name("scheduler", manager().hook.safe_sched_schedulers())
+
+
+def measurements() -> dict[str, type[Measurement[Any]]]:
+    """The measurements of all plugins, ours among them, by the name of the need.
+
+    Raises:
+        PluginError: Two plugins measure one need.
+    """
+    from safe_sched.training.loop import NLLMeasurement
+
+    ours: dict[str, type[Measurement[Any]]] = {"nll": NLLMeasurement}
+    return ours | _by_name("measurement", manager().hook.safe_sched_measurements())
+
+
+def parts() -> dict[str, type[Part]]:
+    """The parts of the loop of all plugins, ours among them, by name.
+
+    Raises:
+        PluginError: Two plugins give one name to different parts.
+    """
+    return _by_name("part", manager().hook.safe_sched_parts())
+
+
+def _by_name(what: str, answers: Iterable[Mapping[str, type[T]] | None]) -> dict[str, type[T]]:
+    found: dict[str, type[T]] = {}
+    for several in answers:
+        for name, kind in (several or {}).items():
             if found.setdefault(name, kind) is not kind:
                 raise PluginError(
-                    f"two plugins bring a scheduler {name!r}: {found[name].__module__} and {kind.__module__}. "
-                    "Uninstall one of them, or give the scheduler itself in the place of its name."
+                    f"two plugins bring a {what} {name!r}: {found[name].__module__} and {kind.__module__}. "
+                    f"Uninstall one of them, or give the {what} itself in the place of its name."
                 )
     return found
 

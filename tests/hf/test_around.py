@@ -17,8 +17,8 @@ from safe_sched import BDS, Antibody, Fixed, Lisa, NeuralBDS
 from safe_sched.errors import ModelError
 from safe_sched.training.checkpoint import MANIFEST_FILE, STATE_FILE
 from safe_sched_hf import SafeSchedCallback
+from safe_sched_hf.attach import refuse_unsupported
 from safe_sched_hf.sharded import refuse_sharded
-from safe_sched_hf.wrapping import refuse_unsupported
 from tests.support import hooks_on, make_hf, make_model, make_sft, parameters_of, single_thread, text_rows, token_rows
 
 ROWS = token_rows(16, seed=2)

@@ -471,7 +471,7 @@ class Scaled(TrainerCallback):
     pulled = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from safe_sched_hf.wrapping import calling_trainer
+        from safe_sched_hf.attach import calling_trainer
 
         trainer, _ = calling_trainer(self)
         accelerator, optimizer = trainer.accelerator, trainer.optimizer
@@ -484,7 +484,7 @@ class Scaled(TrainerCallback):
         self.pulled = max(float(p.grad.abs().max()) for p in kwargs["model"].parameters())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from safe_sched_hf.wrapping import calling_trainer
+        from safe_sched_hf.attach import calling_trainer
 
         calling_trainer(self)[0].accelerator.state._mixed_precision = "no"
 

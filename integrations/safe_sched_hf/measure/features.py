@@ -25,8 +25,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from safe_sched.errors import DataError, ModelError, OptionError
 from safe_sched.estimators.head import Scorer, Scores
+from safe_sched.needs import EncoderVector, HiddenState
 from safe_sched.rows.keys import IGNORE_INDEX, Layout, label_positions, layout_of
-from safe_sched.scheduler import Scheduler
+from safe_sched.training.forward import Forward, decoder
+from safe_sched.training.loop import Measurement, Run
+from safe_sched.training.session import Batch
 from safe_sched_hf.safety import SafetyData, SafetySet
 
 Encoder = Callable[[list[str]], Any]
@@ -170,42 +173,40 @@ def _load(name: str, device: torch.device | str) -> Encoder:
     return encode
 
 
-class RowFeatures:
-    """What a scheduler wants to know of a micro-batch's rows beside their losses.
+class HiddenStateMeasurement(Measurement[HiddenState]):
+    """Pooled hidden states of every row, from the training forward."""
 
-    Args:
-        scheduler: With ``needs_features``, ``features`` and ``encoder``.
-        tokenizer: The trainer's tokenizer or processor.
-        device: Where an encoder runs.
-    """
+    every_row = True
 
-    def __init__(self, scheduler: Any, tokenizer: Any, device: torch.device | str = "cpu") -> None:
-        self._encoder = (
-            EncoderFeatures(scheduler.encoder, tokenizer, device) if scheduler.features == "encoder" else None
-        )
-
-    @staticmethod
-    def wanted_by(scheduler: Scheduler[Any], tokenizer: Any, device: torch.device | str = "cpu") -> RowFeatures | None:
-        """The features that a scheduler asks for, or None where it asks for none."""
-        return RowFeatures(scheduler, tokenizer, device) if getattr(scheduler, "needs_features", False) else None
-
-    def __call__(
-        self, hidden: Tensor | None, input_ids: Tensor, labels: Tensor, layout: Layout, slots: Tensor
-    ) -> Tensor:
-        """float32 (rows, width).
+    def after_forward(self, batch: Batch, forward: Forward) -> Tensor:
+        """See `Part.after_forward`: float32 (rows, 2 * width).
 
         Raises:
-            ModelError: Hidden states are wanted, and the model has shown none.
+            ModelError: The model has shown no hidden state.
         """
-        if self._encoder is not None:
-            return self._encoder(input_ids, layout, slots)
-        if hidden is None or hidden.shape[:2] != labels.shape:
+        hidden = forward.hidden
+        if hidden is None or hidden.shape[:2] != batch.labels.shape:
             raise ModelError(
                 'features="hidden" reads the last hidden state of the training forward, and '
                 + ("this model shows none" if hidden is None else f"this one is of shape {tuple(hidden.shape)}")
                 + '. Use NeuralBDS(features="encoder", encoder=...) instead.'
             )
-        return pool_rows(hidden, labels, layout)
+        return pool_rows(hidden, batch.labels, batch.layout)
+
+
+class EncoderMeasurement(Measurement[EncoderVector]):
+    """Vectors of a frozen sentence encoder, once per distinct row."""
+
+    every_row = True
+
+    def begin(self, run: Run) -> None:
+        """See `Part.begin`: the encoder is loaded here."""
+        super().begin(run)
+        self._vectors = EncoderFeatures(self.need.encoder, run.tokenizer, run.device)
+
+    def after_forward(self, batch: Batch, forward: Forward) -> Tensor:
+        """See `Part.after_forward`: float32 (rows, width)."""
+        return self._vectors(batch.input_ids, batch.layout, batch.slots)
 
 
 def score_rows(
@@ -263,10 +264,8 @@ def score_rows(
 
 @torch.no_grad()
 def _hidden_features(model: nn.Module, rows: Sequence[tuple[Tensor, Tensor]], batch_size: int) -> Tensor:
-    from safe_sched_hf.attach import _decoder  # which imports this module
-
-    decoder = _decoder(model)
-    if decoder is None or decoder is model:
+    inner = decoder(model)
+    if inner is None or inner is model:
         raise ModelError(
             f"{type(model).__name__} has no decoder to take hidden states from; give a causal language model"
         )
@@ -282,7 +281,7 @@ def _hidden_features(model: nn.Module, rows: Sequence[tuple[Tensor, Tensor]], ba
             ids = pad([tokens for tokens, _ in chosen], batch_first=True).to(device)
             labels = pad([labels for _, labels in chosen], batch_first=True, padding_value=IGNORE_INDEX).to(device)
             mask = pad([torch.ones_like(tokens) for tokens, _ in chosen], batch_first=True).to(device)
-            hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            hidden = inner(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             parts.append(pool_rows(hidden, labels, layout_of(ids, mask)).cpu())
     finally:
         for module in training:

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from safe_sched.errors import DataError, ModelError
-from safe_sched.estimators.probe import Direction, Opening, opening_of, refusal_margin
+from safe_sched.estimators.probe import Direction, Opening, opening_of, refusal_margin, row_scores
+from safe_sched.needs import Probe, ReferenceLoss
 from safe_sched.rows.keys import IGNORE_INDEX, Layout, label_positions
-from safe_sched.rows.nll import label_log_probs
-from safe_sched.training.ranks import Alone, Exchange
+from safe_sched.rows.nll import label_log_probs, nll_from_log_probs
+from safe_sched.training.forward import Forward
+from safe_sched.training.loop import Measurement, Run
 from safe_sched.training.session import Batch
-from safe_sched_hf.distributed import of_all
+from safe_sched_hf.distributed import ShardedDirection, of_all, reshard
 from safe_sched_hf.safety import SafetySet, has_fused_head, pad_rows
-from safe_sched_hf.sharded import ShardedDirection, reshard
 
 REFRESH = 12
 """Optimiser steps after which the direction is found again, as parameters move; later, a quarter of all steps."""
 
+_PAST = 64  # micro-batches whose tokens are kept
 _ROWS = 32  # safety rows that the direction is a mean over
 _AT_ONCE = 16
 _REFUSALS = (
@@ -37,21 +39,19 @@ _REFUSALS = (
 _KEPT = 200  # optimiser steps without a row to measure, after which the direction's memory is given back
 
 
-class Probe:
-    """Measures what rows lose when the model refuses more; see `safe_sched.estimators.probe`.
+class ProbeMeasurement(Measurement[Probe]):
+    """Measures what rows lose when the model refuses more; see `safe_sched.estimators.probe`."""
 
-    Args:
-        trainer: Whose model is probed.
-        safety: Its safety rows.
-        exchange: Joins the ranks.
+    safety = "required"
 
-    Raises:
-        DataError: The safety rows are whole texts, so there is no prompt before an answer.
-    """
+    def begin(self, run: Run) -> None:
+        """See `Part.begin`.
 
-    def __init__(self, trainer: Trainer, safety: SafetySet, exchange: Exchange | None = None) -> None:
-        self.trainer = trainer
-        self.exchange = exchange or Alone()
+        Raises:
+            DataError: The safety rows are whole texts, so there is no prompt before an answer.
+        """
+        super().begin(run)
+        safety = self.safety_rows
         self.rows = safety.rows
         self.tokenizer, self.chat = safety.tokenizer, safety.chat
         self._opening: Opening | None = None
@@ -66,23 +66,17 @@ class Probe:
         self._found_at = 0
         self._used_at = 0
         # of a sharded model every rank runs the same forwards, so none may be left out for want of lines
-        self.draws: bool = draws_random_numbers(self._model) or bool(trainer.is_fsdp_enabled)
+        self.draws: bool = draws_random_numbers(run.model) or run.sharded
+        # micro-batches of the last steps, for a second look at rows that were measured in a time of noise
+        self._past: deque[tuple[dict[str, Any], Batch]] = deque(maxlen=_PAST)
+        self._moved: tuple[Tensor, Tensor | None] | None = None
 
-    @property
-    def _model(self) -> nn.Module:
-        model = self.trainer.model
-        assert isinstance(model, nn.Module)
-        return model
+    # events -----------------------------------------------------------------------------------------------------
 
-    def aim(self, step: int, due: bool, batches: Sequence[Batch]) -> None:
-        """Find the direction where rows are due, or let it go where none has been for long. Gradients must be empty.
-
-        Args:
-            step: Optimiser steps done.
-            due: Whether the coming step has rows to measure.
-            batches: Its micro-batches, to tell what of an answer is the chat template's.
-        """
-        if not due:
+    def before_step(self, batches: Sequence[Batch]) -> None:
+        """Find the direction where rows are due, or let it go where none has been for long."""
+        step = self.run.step
+        if not (self._anything_doubtful() or any(bool(self._due(batch.slots_of_all).any()) for batch in batches)):
             if step - self._used_at > _KEPT:
                 self._direction = None
             return
@@ -90,14 +84,70 @@ class Probe:
         if self._direction is None or step - self._found_at >= max(REFRESH, step // 4):
             self._direction = None  # its memory first
             if self._opening is None:
+                # what of an answer is the chat template's
                 mine = [answer for batch in batches for answer in _answers(batch)]
-                self._opening = self._find_opening(of_all(self.exchange, "answers", mine))
+                self._opening = self._find_opening(of_all(self.run.exchange, "answers", mine))
             self._direction = self._find(self._opening)
             self._found_at = step
 
+    def before_forward(self, batch: Batch, inputs: Mapping[str, Any]) -> None:
+        """Measure the rows that are due with the parameters moved.
+
+        Whether anything is run, and so exchanged, is decided by the rows of all ranks; what is run, by one's own.
+        """
+        self._moved = None
+        self._look_again()
+        if not bool(self._due(batch.slots_of_all).any()):
+            return
+        due = self._due(batch.slots)
+        self._past.append(({k: v.cpu() if isinstance(v, Tensor) else v for k, v in inputs.items()}, batch))
+        runs = self.run.sharded or bool(due.any())
+        self._moved = due, self(self.run.prepare(inputs), batch, due) if runs else None
+
+    def after_forward(self, batch: Batch, forward: Forward) -> None:
+        """Compare with the training forward itself."""
+        moved, self._moved = self._moved, None
+        if moved is None:
+            return
+        due, after = moved
+        scores = torch.zeros(batch.slots.numel())
+        if after is not None:
+            here = forward.log_probs
+            scores = row_scores(here, after.to(here.device), batch.labels, batch.layout).cpu()
+        self.run.session.learn(self.name, batch.slots[due], scores[due])
+
     def forget(self) -> None:
         """Find everything anew where it is needed next: a run that is resumed here has nothing else to go by."""
+        self._past.clear()
         self._direction = self._opening = None
+
+    def _due(self, slots: Tensor) -> Tensor:
+        return self.run.session.due(self.name, slots)
+
+    def _anything_doubtful(self) -> bool:
+        """Whether a past micro-batch is worth a second look; one question for all, as it is asked every step."""
+        if not self._past:
+            return False
+        slots = torch.cat([batch.slots_of_all for _, batch in self._past])
+        return bool(self.run.session.doubtful(self.name, slots).any())
+
+    def _look_again(self) -> None:
+        """Measure the doubtful rows of one past micro-batch, both forwards now."""
+        if not self._anything_doubtful():
+            return
+        run, session = self.run, self.run.session
+        for inputs, batch in self._past:
+            if bool(session.doubtful(self.name, batch.slots_of_all).any()):
+                doubtful, scores = session.doubtful(self.name, batch.slots), torch.zeros(batch.slots.numel())
+                if run.sharded or bool(doubtful.any()):
+                    prepared = run.prepare(inputs)
+                    before = lines_log_probs(run, prepared, batch, doubtful, whole=self.draws)
+                    after = self(prepared, batch, doubtful)
+                    scores = row_scores(before, after, batch.labels, batch.layout).cpu()
+                session.learn(self.name, batch.slots[doubtful], scores[doubtful])
+                return
+
+    # the direction ----------------------------------------------------------------------------------------------
 
     def _find_opening(self, others: list[Tensor]) -> Opening:
         """Where the safety rows begin to refuse, with other ways to open a refusal in English beside theirs.
@@ -115,7 +165,7 @@ class Probe:
         return Opening(whole.prompts[:: max(1, len(self.rows) // _ROWS)][:_ROWS], torch.unique(torch.cat(tokens)))
 
     def _find(self, opening: Opening) -> Direction | ShardedDirection:
-        model, prompts = self._model, opening.prompts
+        model, prompts = self.run.model, opening.prompts
         reshard(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
         kept = [p.grad for p in parameters]
@@ -126,15 +176,15 @@ class Probe:
         try:
             for start in range(0, len(prompts), _AT_ONCE):
                 part = prompts[start : start + _AT_ONCE]
-                ids, mask = (x.to(self.trainer.args.device) for x in pad_rows(part, self.pad))
-                with self.trainer.compute_loss_context_manager():
+                ids, mask = (x.to(self.run.device) for x in pad_rows(part, self.pad))
+                with self.run.precision():
                     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
                     last = logits[torch.arange(len(part), device=logits.device), mask.sum(1) - 1]
                     margin = refusal_margin(last, opening.tokens).sum() / len(prompts)
                 margin.backward()
             gradients = [p.grad for p in parameters]
-            if self.trainer.is_fsdp_enabled:
-                return ShardedDirection(model, parameters, gradients, self.exchange)
+            if self.run.sharded:
+                return ShardedDirection(model, parameters, gradients, self.run.exchange)
             return Direction(parameters, gradients)
         finally:
             for module in training:
@@ -156,12 +206,11 @@ class Probe:
         if self._direction is None:
             raise ModelError("a row is due for a probe in a step for which no direction was found; please report this")
         with self._direction.taken():
-            return lines_log_probs(self._model, self.trainer, inputs, batch, due, whole=self.draws)
+            return lines_log_probs(self.run, inputs, batch, due, whole=self.draws)
 
 
 def lines_log_probs(
-    model: nn.Module,
-    trainer: Trainer,
+    run: Run,
     inputs: Mapping[str, Any],
     batch: Batch,
     due: Tensor,
@@ -172,8 +221,7 @@ def lines_log_probs(
     """Log-probabilities of the label tokens on those lines of a micro-batch that hold rows which are due.
 
     Args:
-        model: As it is to be used.
-        trainer: For mixed precision.
+        run: Whose model is asked, as it is now.
         inputs: The micro-batch, prepared.
         batch: Its labels and layout.
         due: bool (rows,).
@@ -192,8 +240,9 @@ def lines_log_probs(
     if lines.numel() < labels.shape[0]:
         inputs = {name: value[lines.to(value.device)] if name in tensors else value for name, value in inputs.items()}
     part = Layout(layout.row[lines], layout.position[lines], layout.rows, layout.packed)
+    model = run.model
     model.train(train)
-    with torch.no_grad(), _quiet_checkpoints(), same_random_numbers(), trainer.compute_loss_context_manager():
+    with torch.no_grad(), _quiet_checkpoints(), same_random_numbers(), run.precision():
         if has_fused_head(model):
             found = model(**{**inputs, "use_cache": False}, fused_lm_head=True).log_probs
         else:
@@ -203,6 +252,24 @@ def lines_log_probs(
     result = torch.full((labels.shape[0], labels.shape[1] - 1), torch.nan, device=found.device)
     result[lines.to(found.device)] = found.float()
     return result
+
+
+class ReferenceLossMeasurement(Measurement[ReferenceLoss]):
+    """Measures losses under another adapter of the model, once per row."""
+
+    unsharded = "a reference adapter, which is switched on for some rows"
+
+    def before_forward(self, batch: Batch, inputs: Mapping[str, Any]) -> None:
+        """Measure the rows that have no reference loss yet."""
+        run, session = self.run, self.run.session
+        if not bool(session.due(self.name, batch.slots_of_all).any()):
+            return
+        lacking, nll = session.due(self.name, batch.slots), torch.zeros(batch.slots.numel())
+        if run.sharded or bool(lacking.any()):
+            with adapter_active(run.model, self.need.adapter):
+                found = lines_log_probs(run, run.prepare(inputs), batch, lacking, whole=run.sharded, train=False)
+            nll = nll_from_log_probs(found, batch.labels.to(found.device), batch.layout)
+        session.learn(self.name, batch.slots[lacking], nll[lacking.to(nll.device)])
 
 
 def _answers(batch: Batch) -> list[Tensor]:

@@ -12,17 +12,16 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import Trainer
 
 from safe_sched.data.rows import core_refusals
-from safe_sched.errors import DataError
+from safe_sched.errors import DataError, StateError
 from safe_sched.estimators.refusal_odds import (
     PHRASE,
     Answer,
@@ -35,13 +34,14 @@ from safe_sched.estimators.refusal_odds import (
     openings_of,
     opens_with,
 )
-from safe_sched.rows.keys import IGNORE_INDEX
-from safe_sched.scheduler import evidential
-from safe_sched.schedulers.antibody import Antibody, AntibodyState, Check
+from safe_sched.needs import RefusalOdds
+from safe_sched.rows.keys import IGNORE_INDEX, batch_fields
+from safe_sched.training.forward import Forward
+from safe_sched.training.loop import Measurement, Run
 from safe_sched.training.ranks import Alone, Exchange
-from safe_sched.training.session import Batch, Session
+from safe_sched.training.session import Batch
 from safe_sched_hf.distributed import first_of, of_all
-from safe_sched_hf.rows import batch_fields, leaving_random_numbers
+from safe_sched_hf.rows import leaving_random_numbers
 from safe_sched_hf.safety import SafetySet, assistant_mark, pad_rows
 
 T = TypeVar("T")
@@ -78,70 +78,96 @@ class Pending:
     needs_nll: bool = False
 
 
-class Refusals:
-    """Takes ratios for a `safe_sched.Antibody` at work in a session.
+class RefusalOddsMeasurement(Measurement[RefusalOdds]):
+    """Takes the ratios of answers and refusals; see `safe_sched.schedulers.antibody`.
 
-    Args:
-        trainer: Whose model is asked.
-        session: With the scheduler, or with one that it is a part of.
-        safety: Safety rows, to calibrate with.
-
-    Raises:
-        DataError: The safety rows are whole texts, or there are no refusals to compare with.
+    What it saves: ``observed``, the step at which safety prompts were asked last; ``source``, 0 before the calibration, 1
+    the adapter switched off, 2 the model as it trains; ``openings``, which of the known openings are compared with.
     """
 
-    def __init__(self, trainer: Trainer, session: Session, safety: SafetySet) -> None:
-        self.trainer, self.session, self.safety = trainer, session, safety
-        if any(int(labels[0]) != IGNORE_INDEX for _, labels in safety.rows):
+    safety = "default"
+
+    unsharded = "Antibody, which asks each rank's model about other rows"
+
+    def begin(self, run: Run) -> None:
+        """See `Part.begin`.
+
+        Raises:
+            DataError: The safety rows are whole texts, or there are no refusals to compare with.
+        """
+        super().begin(run)
+        self.safety_set: SafetySet = self.safety_rows
+        if any(int(labels[0]) != IGNORE_INDEX for _, labels in self.safety_set.rows):
             raise DataError(
                 "Antibody asks what the model would answer to safety prompts, and a safety row has no prompt before "
                 "its labels. Give safety_data as prompt and completion, or as messages."
             )
-        self.tokenizer = safety.tokenizer
+        self.tokenizer = self.safety_set.tokenizer
         self.mark = (assistant_mark(self.tokenizer) if self.tokenizer is not None else None) or []
         self.skip: list[int] = []
         self.refusals: list[list[int]] = []
         self.openings: list[tuple[int, ...]] = []
+        self.observed, self.source = 0, 0
+        self.chosen = torch.empty(0, dtype=torch.long)
         self._known: list[tuple[int, ...]] = []
         self._shared = True
         self._ready = False
         self._pending: dict[int, Pending] = {}
-        self._exchange: Exchange = session.exchange
+        self._exchange: Exchange = run.exchange
         self._kept_back: list[tuple[Tensor, Tensor]] | None = None  # ratios for one exchange at the end
 
-    @property
-    def _antibody(self) -> tuple[Antibody, AntibodyState]:
-        for scheduler, state in evidential(self.session.scheduler, self.session.state, "refusal"):
-            if isinstance(scheduler, Antibody):
-                return scheduler, state
-        raise AssertionError("no Antibody in this session")
+    def save(self) -> dict[str, Tensor]:
+        """See `Part.save`."""
+        return {
+            "observed": torch.tensor(self.observed),
+            "source": torch.tensor(self.source),
+            "openings": self.chosen,
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Part.load`."""
+        if tensors.keys() != {"observed", "source", "openings"}:
+            raise StateError(
+                f"the saved state holds {sorted(tensors)} of {self.name!r}; needed: observed, source and openings. Resume "
+                "from another checkpoint, or start again without resuming."
+            )
+        self.observed, self.source = int(tensors["observed"]), int(tensors["source"])
+        self.chosen = tensors["openings"]
 
     @property
-    def _model(self) -> nn.Module:
-        model = self.trainer.model
-        assert isinstance(model, nn.Module)
-        return model
+    def _kind(self) -> str:
+        """The ratio that is taken now: another than asked for after a fallback."""
+        now = self.run.session.needs().get(self.name, self.need)
+        assert isinstance(now, RefusalOdds)
+        return now.ratio
+
+    def _unread(self, slots: Tensor) -> Tensor:
+        return self.run.session.unknown(self.name, slots)
+
+    def _due(self, slots: Tensor) -> Tensor:
+        return self.run.session.due(self.name, slots)
 
     # a step -----------------------------------------------------------------------------------------------------
 
     def before_step(self, batches: Sequence[Batch]) -> None:
         """Take the ratios of the rows of an optimiser step that are due, as far as no training forward is needed."""
         self._pending = {}
-        scheduler, state = self._antibody
         self._set_up(batches)
-        step = self.session.steps
-        if not any(bool(scheduler.asked(state, batch.slots_of_all).any()) for batch in batches):
+        session, step = self.run.session, self.run.step
+        slots = [batch.slots_of_all for batch in batches]
+        asked = (self._unread(some) | session.doubtful(self.name, some) for some in slots)
+        if not any(bool(rows.any()) for rows in asked):
             return
-        watched = scheduler.anchor or scheduler.on_inversion != "ignore"
-        if watched and step - state.observed >= max(REFRESH, step // 4):
-            state.observed = step
+        watched = self.need.anchor or self.need.on_inversion != "ignore"
+        if watched and step - self.observed >= max(REFRESH, step // 4):
+            self.observed = step
             with self._asking(adapter=True):
                 refused = self._log_odds(self._prompts)
             (refused,) = first_of(self._exchange, "refused", refused)
-            unread = state.source != _ADAPTER_OFF and any(bool(_unread(state, b.slots_of_all).any()) for b in batches)
-            self.session.note(scheduler.observe(state, refused, unread=unread or not scheduler.anchor))
-        due = [(self._due(batch, scheduler.due), scheduler.due(state, batch.slots_of_all)) for batch in batches]
-        ahead = scheduler.reads_ahead and len(batches) > 1
+            unread = self.source != _ADAPTER_OFF and any(bool(self._unread(some).any()) for some in slots)
+            session.calibrate(self.name, {"refused": refused, "unread": torch.tensor(unread or not self.need.anchor)})
+        due = [(self._due(batch.slots), self._due(batch.slots_of_all)) for batch in batches]
+        ahead = self.need.ahead and len(batches) > 1
         for batch, (rows, of_ranks) in zip(batches, due, strict=True):
             if bool(of_ranks.any()):
                 self._read(batch, rows, of_ranks, ahead=ahead)
@@ -149,26 +175,25 @@ class Refusals:
     def _set_up(self, batches: Sequence[Batch], exchange: Exchange | None = None) -> None:
         if not self._ready:
             self._prepare(batches)
-        if self._antibody[1].verdict == 0:
+        if not self.source:
             self._calibrate(batches, exchange or self._exchange)
 
-    def first_pass(self, dataset: Any, collate: Callable[[list[Any]], Any], *, progress: bool) -> None:
+    def ready(self) -> None:
         """Take the ratios of all rows before the first step, where ``anchor="start"`` asks for it.
 
-        Args:
-            dataset: What the trainer's data loader reads; a stream is left to be read as it comes.
-            collate: The data loader's collator.
-            progress: Whether to show a bar.
+        A stream is left to be read as it comes.
         """
-        scheduler, state = self._antibody
-        if scheduler.anchor != "start" or self.session.steps or self.session.index.streaming:
+        run, session = self.run, self.run.session
+        if self.need.anchor != "start" or session.steps or session.index.streaming:
             return
-        bar = tqdm(total=len(dataset), desc="asking about rows", unit="row", disable=not progress, leave=False)
+        dataset, collate = run.dataset, run.collate
+        assert collate is not None
+        bar = tqdm(total=len(dataset), desc="asking about rows", unit="row", disable=not run.progress, leave=False)
         exchange, self._kept_back = self._exchange, []
 
         def read(start: int) -> Batch:
             items = [dataset[i] for i in range(start, min(start + _AT_START, len(dataset)))]
-            return self.session.identify(*batch_fields(collate(items)))
+            return session.identify(*batch_fields(collate(items)))
 
         with bar, leaving_random_numbers():
             self._exchange = Alone()  # all ranks look at the same rows first
@@ -176,32 +201,26 @@ class Refusals:
             self._exchange = exchange
             starts = range(0, len(dataset), _AT_START)
             # where the adapter can be switched off, the start can be asked at any time
-            for start in starts[exchange.rank :: exchange.ranks] if state.source != _ADAPTER_OFF else ():
+            for start in starts[exchange.rank :: exchange.ranks] if self.source != _ADAPTER_OFF else ():
                 batch = read(start)
-                due = self._due(batch, scheduler.due)
+                due = self._due(batch.slots)
                 if bool(due.any()):
-                    self._read(batch, due, scheduler.due(state, batch.slots_of_all), ahead=True)
+                    self._read(batch, due, self._due(batch.slots_of_all), ahead=True)
                 bar.update(_AT_START * exchange.ranks)
         kept, self._kept_back = self._kept_back, None
-        if state.source != _ADAPTER_OFF:
+        if self.source != _ADAPTER_OFF:
             none = (torch.empty(0, dtype=torch.long), torch.empty(0))
             slots, found = (torch.cat(parts) for parts in zip(none, *kept, strict=True))
-            self.session.learn(slots, found, "refusal")
-
-    def _due(self, batch: Batch, question: Callable[[Any, Tensor], Tensor]) -> Tensor:
-        answer = batch.slots >= 0
-        answer[answer.clone()] = question(self._antibody[1], batch.slots[answer])
-        return answer
+            session.learn(self.name, slots, found)
 
     def _read(self, batch: Batch, due: Tensor, of_ranks: Tensor, *, ahead: bool) -> None:
         """Take the ratios of the rows ``due``; those due on all ranks, ``of_ranks``, say which exchanges there are."""
-        scheduler, state = self._antibody
-        kind = scheduler.kind(state)
-        from_training = scheduler.refusal_cost == "first_token" and not ahead
-        again = due & ~self._due(batch, _unread) if scheduler.anchor else due
-        later = of_ranks & ~_unread(state, batch.slots_of_all) if scheduler.anchor else of_ranks
+        kind = self._kind
+        from_training = self.need.cost == "first_token" and not ahead
+        again = due & ~self._unread(batch.slots) if self.need.anchor else due
+        later = of_ranks & ~self._unread(batch.slots_of_all) if self.need.anchor else of_ranks
         # a first look is at the start, a later one at the model as it is
-        looks = ((due & ~again, of_ranks & ~later, state.source != _ADAPTER_OFF), (again, later, True))
+        looks = ((due & ~again, of_ranks & ~later, self.source != _ADAPTER_OFF), (again, later, True))
         for rows, anywhere, adapter in looks:
             if not bool(anywhere.any()):
                 continue
@@ -231,7 +250,7 @@ class Refusals:
 
     def _take(self, batch: Batch, rows: Tensor, found: Tensor) -> None:
         if self._kept_back is None:
-            self.session.learn(batch.slots[rows], found[rows], "refusal")
+            self.run.session.learn(self.name, batch.slots[rows], found[rows])
         else:
             self._kept_back.append((batch.slots[rows], found[rows]))
 
@@ -244,30 +263,19 @@ class Refusals:
             pending = Pending(before.due | pending.due, [*before.answers, *pending.answers], refusal, pending.needs_nll)
         self._pending[id(batch)] = pending
 
-    def pending(self, batch: Batch) -> Pending | None:
-        """What the training forward of a micro-batch is still to be read for."""
-        return self._pending.get(id(batch))
-
-    def after_forward(self, batch: Batch, nll: Tensor | None, logits_at: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Complete the ratios of a micro-batch with what its training forward shows.
-
-        Args:
-            batch: Its rows.
-            nll: float (rows,), their mean losses in nats; needed for the published ratios.
-            logits_at: Lines and columns, int64 (any,) each, to the logits there, (any, vocabulary).
-        """
+    def after_forward(self, batch: Batch, forward: Forward) -> None:
+        """Complete the ratios of a micro-batch with what its training forward shows."""
         pending = self._pending.pop(id(batch), None)
         if pending is None:
             return
-        scheduler, state = self._antibody
-        kind, due = scheduler.kind(state), pending.due
+        kind, due = self._kind, pending.due
         found = pending.refusal
         if not bool(due.any()):  # another rank's
             found, kind = torch.zeros(batch.layout.rows), "opening"
         elif found is None:
             places = torch.tensor([answer.at for answer in pending.answers])
             first = torch.tensor([opening[0] for opening in self.openings])
-            logits = logits_at(places[:, 0], places[:, 1]).detach().float()
+            logits = forward.logits_at(places[:, 0], places[:, 1]).float()
             log_p = (logits[:, first.to(logits.device)].logsumexp(-1) - logits.logsumexp(-1)).cpu()
             if kind == "opening":
                 with self._asking(adapter=True):
@@ -275,10 +283,9 @@ class Refusals:
             else:
                 found = _least(batch, pending.answers, -log_p)
         if kind != "opening":
-            assert nll is not None
             scale = batch.label_tokens if kind == "sequence_sum" else 1
-            found = found - nll.cpu().float() * scale
-        self.session.learn(batch.slots[due], found[due], "refusal")
+            found = found - forward.nll.cpu().float() * scale
+        self.run.session.learn(self.name, batch.slots[due], found[due])
 
     # before the first step ----------------------------------------------------------------------------------------
 
@@ -287,19 +294,18 @@ class Refusals:
 
     def _prepare(self, batches: Sequence[Batch]) -> None:
         """Find out how refusals are written between the training rows."""
-        scheduler, state = self._antibody
         shown: list[Tensor] = []
         for batch in batches:
             mine = [answer.tokens for answer in self._answers(batch, batch.slots >= 0)]
             shown += of_all(self._exchange, "answers", mine)
-        own = [tokens[int((labels != IGNORE_INDEX).nonzero()[0]) :].tolist() for tokens, labels in self.safety.rows]
+        own = [tokens[int((labels != IGNORE_INDEX).nonzero()[0]) :].tolist() for tokens, labels in self.safety_set.rows]
         if self.tokenizer is None:
-            if scheduler.refusals is not None:
+            if self.need.refusals is not None:
                 raise DataError("Antibody(refusals=...) needs the trainer's tokenizer: give it processing_class=...")
             self.refusals, self._compliances = own, []
         else:
             lead = self._lead(shown)
-            texts = core_refusals() if scheduler.refusals is None else scheduler.refusals
+            texts = core_refusals() if self.need.refusals is None else self.need.refusals
             self.refusals, self._compliances = (self._as_answers(some, lead) for some in (texts, _COMPLIANCES))
         everyone = [*(tokens.tolist() for tokens in shown[:64]), *own, *self.refusals]
         same = 0
@@ -311,24 +317,24 @@ class Refusals:
         self._own = [answer[same:] for answer in own]
         every = max(1, len(own) // _PROMPTS)
         starts = [
-            tokens.numel() - len(answer) + same for (tokens, _), answer in zip(self.safety.rows, own, strict=True)
+            tokens.numel() - len(answer) + same for (tokens, _), answer in zip(self.safety_set.rows, own, strict=True)
         ]
-        rows = list(zip(self.safety.rows, starts, self._own, strict=True))[::every][:_PROMPTS]
+        rows = list(zip(self.safety_set.rows, starts, self._own, strict=True))[::every][:_PROMPTS]
         self._prompts = [tokens[:start] for (tokens, _), start, _ in rows]
         self._own_of_prompts = [answer for *_, answer in rows]
         ends = [answer[-1] for answer in self._own]
         self._end = max(set(ends), key=ends.count)
         known = [*self._own, *self.refusals]
         self._known = openings_of(known)
-        length = 1 if scheduler.refusal_cost == "first_token" else PHRASE
+        length = 1 if self.need.cost == "first_token" else PHRASE
         self._candidates = openings_of(known, length)
-        if state.openings.numel():
-            self.openings = [self._candidates[i] for i in state.openings.tolist()]
+        if self.chosen.numel():
+            self.openings = [self._candidates[i] for i in self.chosen.tolist()]
         self._ready = True
 
     def _lead(self, shown: Sequence[Tensor]) -> str:
         """The white space with which plain completions begin, if most do."""
-        if self.safety.chat:
+        if self.safety_set.chat:
             return ""
         texts = [str(self.tokenizer.decode(tokens.tolist())) for tokens in shown]
         leads = [text[: len(text) - len(text.lstrip())] for text in texts]
@@ -337,35 +343,35 @@ class Refusals:
 
     def _as_answers(self, texts: Sequence[str], lead: str) -> list[list[int]]:
         rows: list[dict[str, Any]] = [{"prompt": "Hello", "completion": lead + text} for text in texts]
-        found = SafetySet(rows, self.tokenizer, None, 1, 0, self.safety.chat).rows
+        found = SafetySet(rows, self.tokenizer, None, 1, 0, self.safety_set.chat).rows
         return [tokens[int((labels != IGNORE_INDEX).nonzero()[0]) :].tolist() for tokens, labels in found]
 
     def _calibrate(self, batches: Sequence[Batch], exchange: Exchange) -> None:
-        scheduler, state = self._antibody
-        if not state.source:
-            (source,) = first_of(exchange, "source", torch.tensor(self._find_source(scheduler)))
-            state.source = int(source)
-        adapter = state.source != _ADAPTER_OFF
+        (source,) = first_of(exchange, "source", torch.tensor(self._find_source()))
+        self.source = int(source)
+        adapter = self.source != _ADAPTER_OFF
         with self._asking(adapter=adapter):
             if not self.openings:
-                self._choose_openings(state, exchange)
+                self._choose_openings(exchange)
             refused = self._log_odds(self._prompts)
             refusing, complying, others = refused, -refused, torch.empty(0)
-            if scheduler.ratio != "opening" and self._compliances:
-                total = scheduler.ratio == "sequence_sum"
+            if self.need.ratio != "opening" and self._compliances:
+                total = self.need.ratio == "sequence_sum"
                 mine, picked = [], []
                 for i in range(len(self._prompts)):
                     mine.append([self.refusals[i % len(self.refusals)]])
                     picked.append([self._compliances[i % len(self._compliances)]])
-                if scheduler.refusal_cost == "first_token":
+                if self.need.cost == "first_token":
                     refusal = -self._opening_log_probs(self._prompts).logsumexp(-1)
                 else:
                     refusal = self._nll(self._prompts, mine, total=total)
                 refusing = refusal - self._nll(self._prompts, [[own] for own in self._own_of_prompts], total=total)
                 complying = refusal - self._nll(self._prompts, picked, total=total)
                 others = self._ratios_of_others(batches)
-        check = Check(*first_of(exchange, "calibration", refused, refusing, complying, others))
-        self.session.note(scheduler.calibrate(state, check))
+        found = first_of(exchange, "calibration", refused, refusing, complying, others)
+        self.run.session.calibrate(
+            self.name, dict(zip(("refused", "refusing", "complying", "others"), found, strict=True))
+        )
 
     def _ratios_of_others(self, batches: Sequence[Batch]) -> Tensor:
         """Ratios of the step's rows whose prompts the model would rather answer."""
@@ -381,11 +387,11 @@ class Refusals:
             found += [theirs for (theirs,) in self._exchange("ratios", mine)]
         return torch.cat(found)
 
-    def _find_source(self, scheduler: Antibody) -> int:
+    def _find_source(self) -> int:
         """Whether the model without its adapter is the one that training begins with."""
-        configs = getattr(self._model, "peft_config", {})
+        configs = getattr(self.run.model, "peft_config", {})
         plain = all(getattr(config, "bias", "none") == "none" for config in configs.values())
-        if not (scheduler.anchor and configs and plain and scheduler.refusal_cost != "first_token"):
+        if not (self.need.anchor and configs and plain and self.need.cost != "first_token"):
             return _AS_IT_TRAINS
         some = self._prompts[:2]
         with self._asking(adapter=True):
@@ -394,15 +400,15 @@ class Refusals:
             start = self._last_logits(some)
         return _ADAPTER_OFF if torch.allclose(now, start, atol=1e-3, rtol=1e-3) else _AS_IT_TRAINS
 
-    def _choose_openings(self, state: AntibodyState, exchange: Exchange) -> None:
+    def _choose_openings(self, exchange: Exchange) -> None:
         """Of all openings keep those with which the model does refuse: the others cost and say nothing."""
         self.openings = self._candidates
         self._check_shared()
         (mass,) = first_of(exchange, "openings", self._opening_log_probs(self._prompts).exp().mean(0))
         order = mass.argsort(descending=True)
         enough = int((mass[order].cumsum(0) < _MASS * mass.sum()).sum()) + 1
-        state.openings = order[: min(enough, _OPENINGS)].sort().values.cpu()
-        self.openings = [self._candidates[i] for i in state.openings.tolist()]
+        self.chosen = order[: min(enough, _OPENINGS)].sort().values.cpu()
+        self.openings = [self._candidates[i] for i in self.chosen.tolist()]
 
     def _check_shared(self) -> None:
         """Some models cannot have refusals share a prompt: those that are recurrent, or pick their own masks."""
@@ -426,7 +432,7 @@ class Refusals:
     # ratios -----------------------------------------------------------------------------------------------------
 
     def _openings(self, batch: Batch, answers: Sequence[Answer]) -> Tensor:
-        exact = self._antibody[0].refusal_cost == "exact"
+        exact = self.need.cost == "exact"
         return self._row_ratios(batch, answers, self._log_odds([answer.prompt for answer in answers], exact=exact))
 
     def _row_ratios(self, batch: Batch, answers: Sequence[Answer], refused: Tensor) -> Tensor:
@@ -446,7 +452,7 @@ class Refusals:
         found = []
         for some in _batched(answers, self._at_once):
             lines = [torch.cat([answer.prompt, answer.tokens]) for answer in some]
-            logits = self._forward(*pad_rows(lines, self.safety.pad))
+            logits = self._forward(*pad_rows(lines, self.safety_set.pad))
             for line, answer in zip(logits, some, strict=True):
                 said = answer.tokens.tolist()
                 stop = said.index(self._end) if self._end in said else len(said)
@@ -467,18 +473,17 @@ class Refusals:
 
     def _refusal_nll(self, batch: Batch, answers: Sequence[Answer]) -> Tensor:
         """NLL of some refusals in the place of every row's answer: float (rows,); inf for rows without one here."""
-        scheduler, state = self._antibody
         prompts = [answer.prompt for answer in answers]
-        if scheduler.refusal_cost == "first_token":
+        if self.need.cost == "first_token":
             nll = -self._opening_log_probs(prompts).logsumexp(-1)
         else:
-            count = min(scheduler.refusals_per_row, len(self.refusals))
-            keys = self.session.index.keys[batch.slots.clamp(min=0)].tolist()
+            count = min(self.need.refusals_per_row, len(self.refusals))
+            keys = self.run.session.index.keys[batch.slots.clamp(min=0)].tolist()
             chosen = [
                 [self.refusals[(keys[answer.row] + i) % len(self.refusals)] for i in range(count)] for answer in answers
             ]
-            exact = scheduler.refusal_cost == "exact"
-            nll = self._nll(prompts, chosen, total=scheduler.kind(state) == "sequence_sum", exact=exact)
+            exact = self.need.cost == "exact"
+            nll = self._nll(prompts, chosen, total=self._kind == "sequence_sum", exact=exact)
         return _least(batch, answers, nll)
 
     def _nll(
@@ -499,35 +504,34 @@ class Refusals:
 
     def _completion_nll(self, batch: Batch, rows: Tensor) -> Tensor:
         """NLL of rows' own answers, by a forward of its own: float (rows,), 0 for other rows."""
-        scheduler, state = self._antibody
         where, numbers = batch.layout.row.cpu(), rows.nonzero().flatten().tolist()
         ids, labels = batch.input_ids.cpu(), batch.labels.cpu()
         nll = torch.zeros(batch.layout.rows)
         for some in _batched(numbers, self._at_once):
             lines = [ids[where == row] for row in some]
-            logits = self._forward(*pad_rows(lines, self.safety.pad))
+            logits = self._forward(*pad_rows(lines, self.safety_set.pad))
             for line, row in zip(logits, some, strict=True):
                 targets = labels[where == row][1:].to(line.device)
                 loss = nn.functional.cross_entropy(line[: targets.numel()].float(), targets, reduction="sum")
-                nll[row] = float(loss) / (1 if scheduler.kind(state) == "sequence_sum" else int((targets >= 0).sum()))
+                nll[row] = float(loss) / (1 if self._kind == "sequence_sum" else int((targets >= 0).sum()))
         return nll
 
     # forwards ---------------------------------------------------------------------------------------------------
 
     @property
     def _at_once(self) -> int:
-        return max(1, 2 * self.trainer.args.per_device_train_batch_size)
+        return max(1, 2 * self.run.rows_at_once)
 
     @contextlib.contextmanager
     def _asking(self, *, adapter: bool) -> Iterator[None]:
         """The model as it is, or as training began, in evaluation mode."""
-        model: Any = self._model
+        model: Any = self.run.model
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
-                stack.enter_context(self.trainer.compute_loss_context_manager())
+                stack.enter_context(self.run.precision())
                 if not adapter:
                     stack.enter_context(model.disable_adapter())
                 yield
@@ -536,15 +540,17 @@ class Refusals:
                 module.training = True
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor | None = None, keep: int = 0) -> Tensor:
-        device = self.trainer.args.device
+        device = self.run.device
         more: dict[str, Any] = {} if positions is None else {"position_ids": positions.to(device)}
-        if keep and _can_keep(self._model):
+        if keep and _can_keep(self.run.model):
             more["logits_to_keep"] = keep
-        logits = self._model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **more).logits
+        logits = self.run.model(
+            input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **more
+        ).logits
         return logits[:, -keep:] if keep else logits
 
     def _last_logits(self, prompts: Sequence[Tensor]) -> Tensor:
-        ids, mask = pad_rows(prompts, self.safety.pad)
+        ids, mask = pad_rows(prompts, self.safety_set.pad)
         logits = self._forward(ids, mask)
         return logits[torch.arange(len(prompts)), (mask.sum(1) - 1).to(logits.device)].float()
 
@@ -563,10 +569,10 @@ class Refusals:
         return [found[place] for place in back]
 
     def _sharing(self, prompts: Sequence[Tensor], branches: Sequence[Branches]) -> list[Tensor]:
-        ids, positions, seen = grow(prompts, branches, self.safety.pad)
+        ids, positions, seen = grow(prompts, branches, self.safety_set.pad)
         nodes = max(branch.tokens.numel() for branch in branches)
         # eager attention adds its mask, the fused kernel takes a choice
-        config: Any = self._model.config
+        config: Any = self.run.model.config
         if config._attn_implementation == "sdpa":
             mask = seen
         else:
@@ -580,7 +586,7 @@ class Refusals:
             lines += [(prompt, target[target != IGNORE_INDEX]) for target in branch.targets]
         log_p: list[Tensor] = []
         for some in _batched(lines, self._at_once):
-            logits = self._forward(*pad_rows([torch.cat(line) for line in some], self.safety.pad))
+            logits = self._forward(*pad_rows([torch.cat(line) for line in some], self.safety_set.pad))
             for line, (prompt, target) in zip(logits, some, strict=True):
                 at = line[prompt.numel() - 1 : prompt.numel() - 1 + target.numel()].float()
                 log_p.append(-nn.functional.cross_entropy(at, target.to(at.device), reduction="none").cpu())
@@ -593,10 +599,6 @@ class Refusals:
             found.append(padded)
             first += count
         return found
-
-
-def _unread(state: AntibodyState, slots: Tensor) -> Tensor:
-    return state.looks[slots] == 0
 
 
 def _least(batch: Batch, answers: Sequence[Answer], values: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -84,16 +83,3 @@ class RowPrior:
     def fingerprint(self) -> str:
         """A name for it, the same for every order of the rows: 16 hexadecimal digits."""
         return hashlib.sha256(self.p.numpy().tobytes()).hexdigest()[:16]
-
-
-@runtime_checkable
-class Informed(Protocol):
-    """A scheduler that can begin with a prior for every row."""
-
-    def with_prior(self, state: Any, prior: RowPrior) -> Any:
-        """The state before the first step, with the prior in it.
-
-        Raises:
-            OptionError: The scheduler's options leave no place for one.
-        """
-        ...

@@ -20,7 +20,9 @@ Cost: some twenty elementwise passes over (batch, sequence) integers; no pass ov
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -259,3 +261,24 @@ def keys_of_flat(tokens: Tensor, labels: Tensor | None, lengths: Tensor) -> tupl
     content = add_up(mix64(tokens.long() * _TOKEN + position * _PLACE))
     marks = add_up(mix64(position * _LABEL) * counted)
     return mix64(content + mix64(marks)), add_up(counted.long())
+
+
+def batch_fields(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Layout]:
+    """Tokens, labels and rows of a micro-batch as a trainer's collator made it.
+
+    Raises:
+        DataError: There are no tokens or no labels to go by.
+    """
+    input_ids, labels = inputs.get("input_ids"), inputs.get("labels")
+    if not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor) or labels.shape != input_ids.shape:
+        raise DataError(
+            f"a training batch has the fields {sorted(inputs)}; needed: input_ids and labels of one shape. Use a "
+            "collator that makes labels, for example DataCollatorForLanguageModeling(tokenizer, mlm=False)."
+        )
+    layout = layout_of(
+        input_ids,
+        attention_mask=inputs.get("attention_mask"),
+        position_ids=inputs.get("position_ids"),
+        cu_seq_lens=inputs.get("cu_seq_lens_q"),
+    )
+    return input_ids, labels, layout

@@ -33,8 +33,10 @@ Cost: see `docs/methods/antibody.md`. 5 bytes per row; no pass over all rows.
 
 from __future__ import annotations
 
+import math
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -43,12 +45,9 @@ from torch import Tensor
 
 from safe_sched.errors import CoverageError, ModelError, OptionError
 from safe_sched.estimators.calibration import LIMIT
+from safe_sched.needs import Need, OnInversion, Ratio, RefusalCost, RefusalOdds
 from safe_sched.rows.index import RowIndex
-from safe_sched.scheduler import Observation, State
-from safe_sched.schedulers.options import options, settings_of
-
-Ratio = Literal["opening", "token_mean", "sequence_sum"]
-RefusalCost = Literal["shared_prefix", "first_token", "exact"]
+from safe_sched.scheduler import Observation, PerRow, Scheduler, State, mean_by_slot, options
 
 EARLY = 12
 """Optimiser steps in which a ratio may be low because the task is new to the model."""
@@ -68,47 +67,22 @@ class AntibodyState(State):
         ratio: float32 (slots,), r in nats; nan before it was taken.
         looks: uint8 (slots,), 0, 1 in the first `EARLY` steps, 2 where no more are to come.
         steps: Updates so far.
-        observed: The step at which safety prompts were asked last.
         strength: float64 (2,), mean log-odds of refusing safety prompts: at the start, and when last looked at.
         threshold, slope: float64 (), of the logit.
         verdict: 0 before the calibration, 1 fine, 2 fell back to openings, 3 abstains.
-        source: 0 before the calibration, 1 the adapter switched off, 2 the model as it trains.
-        openings: int64 (any,), which of the known openings are compared with.
     """
 
-    sized_later: ClassVar[frozenset[str]] = frozenset({"openings"})
-
-    ratio: Tensor
-    looks: Tensor
+    ratio: Annotated[Tensor, PerRow(math.nan)]
+    looks: Annotated[Tensor, PerRow(dtype=torch.uint8)]
     steps: int
-    observed: int
     strength: Tensor
     threshold: Tensor
     slope: Tensor
     verdict: int
-    source: int
-    openings: Tensor
-
-
-@dataclass(frozen=True)
-class Check:
-    """What a calibration sees of the model at the start.
-
-    Attributes:
-        refused: float (prompts,), log-odds of refusing some safety prompts.
-        refusing: float (prompts,), ratio of their refusals.
-        complying: float (prompts,), ratio of an inert compliance with them.
-        others: float (rows,), ratio of training rows whose prompts the model would rather answer.
-    """
-
-    refused: Tensor
-    refusing: Tensor
-    complying: Tensor
-    others: Tensor
 
 
 @options
-class Antibody:
+class Antibody(Scheduler[AntibodyState]):
     """Likelihood-ratio weights: a row teaches little where the aligned model would rather have refused.
 
     Args:
@@ -138,7 +112,7 @@ class Antibody:
         ...                      gate="softmax", refusals_per_row=1, on_inversion="ignore")
         >>> scheduler = Antibody()
         >>> state = scheduler.init(RowIndex(torch.tensor([1, 2, 3])))
-        >>> _ = scheduler.learn(state, torch.tensor([0, 1, 2]), torch.tensor([8.0, 3.0, -5.0]))
+        >>> _ = scheduler.learn(state, "refusal_odds", torch.tensor([0, 1, 2]), torch.tensor([8.0, 3.0, -5.0]))
         >>> [round(w, 2) for w in scheduler.slot_weights(state).tolist()]
         [1.0, 0.95, 0.01]
     """
@@ -154,7 +128,7 @@ class Antibody:
     pool: Literal["optimizer_step", "micro_batch"] = "optimizer_step"
     gate: Literal["sigmoid", "softmax"] = "sigmoid"
     refusals_per_row: Annotated[int, Field(ge=1)] = 1
-    on_inversion: Literal["stop", "fallback", "ignore"] = "stop"
+    on_inversion: OnInversion = "stop"
 
     def __post_init__(self) -> None:
         if self.refusals is not None and (not self.refusals or not all(text.strip() for text in self.refusals)):
@@ -166,48 +140,45 @@ class Antibody:
             )
 
     @property
-    def evidence(self) -> str | None:
-        """What it learns from: see `safe_sched.scheduler.Evidential`."""
-        return "refusal"
+    def needs(self) -> tuple[Need, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `Scheduler.needs`."""
+        return (self._need(self.ratio),)
 
-    @property
-    def needs_nll(self) -> bool:
-        """Whether it reads the rows' losses; where it does, they are part of the ratio."""
-        return False
+    def needs_now(self, state: AntibodyState) -> tuple[Need, ...]:
+        """See `Scheduler.needs_now`: after a fallback, openings in the place of a published ratio."""
+        return (self._need(self.kind(state)),)
+
+    def _need(self, ratio: Ratio) -> RefusalOdds:
+        return RefusalOdds(
+            ratio,
+            refusals=self.refusals,
+            anchor=self.anchor,
+            cost=self.refusal_cost,
+            refusals_per_row=self.refusals_per_row,
+            ahead=self.reads_ahead,
+            on_inversion=self.on_inversion,
+        )
 
     @property
     def reads_ahead(self) -> bool:
         """Whether a micro-batch's weights need the ratios of later ones of the same optimiser step."""
         return self.gate == "softmax" and self.pool == "optimizer_step"
 
-    def settings(self) -> dict[str, object]:
+    def settings(self) -> dict[str, Any]:
         """The options as plain JSON values."""
-        return settings_of(self) | {"refusals": None if self.refusals is None else list(self.refusals)}
+        return super().settings() | {"refusals": None if self.refusals is None else list(self.refusals)}
 
     # state ------------------------------------------------------------------------------------------------------
 
     def init(self, index: RowIndex) -> AntibodyState:
-        """See `safe_sched.scheduler.Scheduler.init`."""
-        return AntibodyState(
-            ratio=torch.full((index.slots,), torch.nan),
-            looks=torch.zeros(index.slots, dtype=torch.uint8),
+        """See `Scheduler.init`."""
+        return AntibodyState.fresh(
+            index.slots,
             steps=0,
-            observed=0,
             strength=torch.zeros(2, dtype=torch.float64),
             threshold=torch.tensor(0.0, dtype=torch.float64),
             slope=torch.tensor(1.0, dtype=torch.float64),
             verdict=_NEW,
-            source=0,
-            openings=torch.empty(0, dtype=torch.long),
-        )
-
-    def grow(self, state: AntibodyState, index: RowIndex) -> AntibodyState:
-        """See `safe_sched.scheduler.Scheduler.grow`."""
-        new = index.slots - state.ratio.numel()
-        return replace(
-            state,
-            ratio=torch.cat([state.ratio, torch.full((new,), torch.nan)]),
-            looks=torch.cat([state.looks, state.looks.new_zeros(new)]),
         )
 
     # calibration ------------------------------------------------------------------------------------------------
@@ -216,46 +187,53 @@ class Antibody:
         """The ratio that is taken now: another than asked for after a fallback."""
         return "opening" if state.verdict == _OPENINGS else self.ratio
 
-    def calibrate(self, state: AntibodyState, check: Check) -> dict[str, float]:
-        """Set threshold and slope, before the first step; returns numbers to log.
+    def calibrate(self, state: AntibodyState, need: str, known: Mapping[str, Tensor]) -> dict[str, float]:
+        """See `Scheduler.calibrate`: at the start set threshold and slope, later look at the safety prompts again.
 
         Args:
             state: Changed in place.
-            check: Ratios of safety prompts, and of training rows.
+            need: ``"refusal_odds"``.
+            known: ``refused``, float (prompts,), log-odds of refusing some safety prompts. At the start besides:
+                ``refusing`` and ``complying``, float (prompts,), the ratios of their refusals and of an inert compliance
+                with them; ``others``, float (rows,), those of training rows whose prompts the model would rather answer.
+                Later: ``unread``, whether there are rows whose first ratio this model is to give.
 
         Raises:
-            ModelError: The ratio is inverted, and ``on_inversion`` says to stop.
+            ModelError: The ratio is inverted, or the model no longer refuses, and ``on_inversion`` says to stop.
         """
-        state.strength[:] = check.refused.double().mean()
+        if "unread" in known:
+            return self._observe(state, known["refused"], unread=bool(known["unread"]))
+        refused, refusing, complying, others = (known[name] for name in ("refused", "refusing", "complying", "others"))
+        state.strength[:] = refused.double().mean()
         state.verdict = _FINE
-        refuses = float((check.refused > 0).double().mean())
+        refuses = float((refused > 0).double().mean())
         if refuses < 0.5:
             self._inverted(
                 state,
                 _ABSTAINS,
-                f"the model refuses {refuses:.0%} of {check.refused.numel()} safety prompts, so what it would refuse "
+                f"the model refuses {refuses:.0%} of {refused.numel()} safety prompts, so what it would refuse "
                 "says nothing about which rows are harmful. Start from an aligned model (FlatAlignmentCallback makes "
                 'one), give safety_data in the format that it refuses, or use BDS(). With on_inversion="fallback" all '
                 "rows are weighed alike.",
             )
-        elif self.ratio != "opening" and check.others.numel() >= OTHERS:
-            below = (check.complying[:, None] < check.others).double().mean()
-            auroc = float(below + (check.complying[:, None] == check.others).double().mean() / 2)
+        elif self.ratio != "opening" and others.numel() >= OTHERS:
+            below = (complying[:, None] < others).double().mean()
+            auroc = float(below + (complying[:, None] == others).double().mean() / 2)
             if auroc < 0.5:
                 self._inverted(
                     state,
                     _OPENINGS,
                     f"the ratio {self.ratio!r} is inverted on this data: it ranks training rows that the model would "
                     "answer below compliance with harmful prompts (AUROC "
-                    f"{auroc:.2f}, {check.others.numel()} rows), as a task that is new to the model makes it do. "
+                    f"{auroc:.2f}, {others.numel()} rows), as a task that is new to the model makes it do. "
                     'Use ratio="opening", or on_inversion="fallback" to have it taken from here on.',
                 )
         if self.kind(state) == "opening":
             strength = float(state.strength[0])
             threshold, far = 0.0, strength / 2
         else:
-            threshold = float((check.complying.double().mean() + check.refusing.double().mean()) / 2)
-            far = threshold - float(check.complying.double().mean())
+            threshold = float((complying.double().mean() + refusing.double().mean()) / 2)
+            far = threshold - float(complying.double().mean())
         state.threshold.fill_(threshold)
         state.slope.fill_(min(max(LIMIT / max(far, 1e-6), 1.0), _STEEPEST))
         return self._report(state)
@@ -267,17 +245,7 @@ class Antibody:
             state.verdict = verdict
             warnings.warn(f"Antibody falls back: {message}", stacklevel=4)
 
-    def observe(self, state: AntibodyState, refused: Tensor, *, unread: bool) -> dict[str, float]:
-        """Look at the safety prompts again, while the model trains; returns numbers to log.
-
-        Args:
-            state: Changed in place.
-            refused: float (prompts,), log-odds of refusing them.
-            unread: Whether there are rows whose first ratio this model is to give.
-
-        Raises:
-            ModelError: It no longer refuses them, and ``on_inversion`` says to stop.
-        """
+    def _observe(self, state: AntibodyState, refused: Tensor, *, unread: bool) -> dict[str, float]:
         state.strength[1] = refused.double().mean()
         refuses = float((refused > 0).double().mean())
         if unread and refuses < 0.5:
@@ -299,38 +267,40 @@ class Antibody:
 
     # ratios -----------------------------------------------------------------------------------------------------
 
-    def due(self, state: AntibodyState, slots: Tensor) -> Tensor:
-        """Whose ratio should be taken now: bool (rows,)."""
+    def due(self, state: AntibodyState, need: str, slots: Tensor) -> Tensor:
+        """See `Scheduler.due`: rows without a ratio, and doubtful ones as long as safety prompts are refused."""
         start, now = state.strength.tolist()
-        asked = self.asked(state, slots)
-        return asked if not self.anchor or now >= max(start / 2, 0) else asked & (state.looks[slots] == 0)
+        unknown = self.unknown(state, need, slots)
+        if self.anchor and now < max(start / 2, 0):
+            return unknown
+        return unknown | self.doubtful(state, need, slots)
 
-    def asked(self, state: AntibodyState, slots: Tensor) -> Tensor:
-        """Whose ratio is still to be taken, as long as safety prompts are refused: bool (rows,)."""
-        if state.verdict == _ABSTAINS:
+    def unknown(self, state: AntibodyState, need: str, slots: Tensor) -> Tensor:
+        """See `Scheduler.unknown`: rows without a ratio."""
+        return (state.looks[slots] == 0) & (state.verdict != _ABSTAINS)
+
+    def doubtful(self, state: AntibodyState, need: str, slots: Tensor) -> Tensor:
+        """See `Scheduler.doubtful`: all without an anchor; else rows that were not cleared early on."""
+        if state.verdict == _ABSTAINS or (self.anchor and (self.kind(state) != "opening" or state.steps < 2 * EARLY)):
             return torch.zeros(slots.numel(), dtype=torch.bool)
         if not self.anchor:
             return torch.ones(slots.numel(), dtype=torch.bool)
-        asked = state.looks[slots] == 0
-        if self.kind(state) == "opening" and state.steps >= 2 * EARLY:
-            asked |= (state.looks[slots] == 1) & (self._logits(state, slots) < LIMIT / 2)
-        return asked
+        return (state.looks[slots] == 1) & (self._logits(state, slots) < LIMIT / 2)
 
-    def doubtful(self, state: AntibodyState, slots: Tensor) -> Tensor:
-        """See `safe_sched.scheduler.Evidential`: none; a row that is not cleared is looked at when it comes by."""
-        return torch.zeros(slots.numel(), dtype=torch.bool)
+    def revisit(self, state: AntibodyState, slots: Tensor) -> Tensor:
+        """See `Scheduler.revisit`: twice at most; what is measured is measured again as it comes by."""
+        return self.due(state, RefusalOdds.name, slots)
 
-    def learn(self, state: AntibodyState, slots: Tensor, scores: Tensor) -> dict[str, float]:
+    def learn(self, state: AntibodyState, need: str, slots: Tensor, values: Tensor) -> dict[str, float]:
         """Take ratios in.
 
         Args:
             state: Changed in place.
+            need: ``"refusal_odds"``.
             slots: int64 (rows,).
-            scores: float (rows,), r in nats.
+            values: float (rows,), r in nats.
         """
-        slots, place = torch.unique(slots, return_inverse=True)
-        each = torch.bincount(place, minlength=slots.numel())
-        ratio = torch.zeros(slots.numel(), dtype=torch.float64).index_add_(0, place, scores.double()) / each
+        slots, ratio = mean_by_slot(slots, values.double())
         kept = state.ratio[slots].double()
         if self.anchor:  # two looks weigh the same, and a copy of the row in another micro-batch is no look
             ratio = torch.where(torch.isnan(kept), ratio, (ratio + kept) / 2)
@@ -346,7 +316,7 @@ class Antibody:
     # weights ----------------------------------------------------------------------------------------------------
 
     def weights(self, state: AntibodyState, batch: Observation) -> Tensor:
-        """See `safe_sched.scheduler.Scheduler.weights`.
+        """See `Scheduler.weights`.
 
         Raises:
             CoverageError: A row of the pool was not compared with a refusal.
@@ -358,7 +328,7 @@ class Antibody:
         if state.verdict != _ABSTAINS and not bool(known.all()):
             raise CoverageError(
                 f"{int((~known).sum())} rows of step {batch.step} were not compared with a refusal. Antibody needs an "
-                'integration that runs the model for it (evidence "refusal"), such as SafeSchedCallback.'
+                "integration that measures refusal_odds, such as SafeSchedCallback."
             )
         if self.gate == "sigmoid" or not bool(known.any()):
             return self._known_or_one(state, batch.slots)
@@ -374,7 +344,7 @@ class Antibody:
         return torch.where(torch.isnan(logits), 1.0, torch.sigmoid(logits / self.tau) / most).float()
 
     def slot_weights(self, state: AntibodyState, slots: Any = slice(None)) -> Tensor:
-        """See `scheduler.Scheduler.slot_weights`; with softmax as if all rows compared so far were the pool."""
+        """See `Scheduler.slot_weights`; with softmax as if all rows compared so far were the pool."""
         if self.gate == "sigmoid":
             return self._known_or_one(state, slots)
         known = ~torch.isnan(state.ratio)
@@ -385,7 +355,7 @@ class Antibody:
         return torch.where(known, relative / relative[known].mean(), 1.0).float()[slots]
 
     def update(self, state: AntibodyState, step: Observation) -> dict[str, float]:
-        """See `safe_sched.scheduler.Scheduler.update`: there is nothing to learn from losses."""
+        """See `Scheduler.update`: there is nothing to learn from losses."""
         state.steps += 1
         return {}
 

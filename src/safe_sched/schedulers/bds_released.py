@@ -1,4 +1,4 @@
-"""The rule of the released BDS code (arXiv 2510.27172), for comparisons: ``BDS(compat="released")``.
+"""The rule of the released BDS code (arXiv 2510.27172), for comparisons.
 
 Joint posterior of model and row logits z, with weights that rise and fall with the logits::
 
@@ -40,9 +40,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from safe_sched.needs import NLL
 from safe_sched.rows.index import RowIndex
-from safe_sched.scheduler import Observation, State
-from safe_sched.schedulers.options import options, settings_of
+from safe_sched.scheduler import Observation, Scheduler, State, options
 
 # 1 MiB of scratch: large enough for two threads, small enough to stay in the cache
 _CHUNK = 1 << 18
@@ -72,7 +72,7 @@ class ReleasedState(State):
 
 
 @options
-class Released:
+class BDSReleased(Scheduler[ReleasedState]):
     """One logit per training row, moved by AdamW along the raw loss.
 
     Args:
@@ -85,20 +85,21 @@ class Released:
     Example:
         Two rows, the first with the higher loss: its weight falls.
 
-        >>> from safe_sched import BDS
+        >>> from safe_sched import BDSReleased
         >>> from safe_sched.rows.index import RowIndex
         >>> from safe_sched.scheduler import Observation
-        >>> scheduler = BDS(compat="released", learning_rate=0.1)
+        >>> scheduler = BDSReleased(learning_rate=0.1)
         >>> state = scheduler.init(RowIndex(torch.tensor([1, 2])))
-        >>> seen = Observation(torch.tensor([0, 1]), torch.tensor([2.0, 1.0]), torch.tensor([5, 5]), step=0)
+        >>> loss = torch.tensor([2.0, 1.0])
+        >>> seen = Observation(torch.tensor([0, 1]), torch.tensor([5, 5]), measured={"nll": loss})
         >>> _ = scheduler.update(state, seen)
         >>> scheduler.slot_weights(state)
         tensor([0.9003, 1.0997])
     """
 
-    name: ClassVar[str] = "bds"
+    name: ClassVar[str] = "bds_released"
     state_type = ReleasedState
-    needs_nll = True
+    needs = (NLL(),)
 
     transform: Literal["softmax", "sigmoid", "identity"] = "softmax"
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
@@ -106,12 +107,8 @@ class Released:
     eps: Annotated[float, Field(gt=0)] = 1e-8
     initial_logit: float = 0.1
 
-    def settings(self) -> dict[str, object]:
-        """The options as plain JSON values."""
-        return settings_of(self)
-
     def init(self, index: RowIndex) -> ReleasedState:
-        """See `safe_sched.scheduler.Scheduler.init`."""
+        """See `Scheduler.init`."""
         counts = index.counts
         return ReleasedState(
             logits=torch.full((index.slots,), self.initial_logit),
@@ -124,7 +121,7 @@ class Released:
         )
 
     def grow(self, state: ReleasedState, index: RowIndex) -> ReleasedState:
-        """See `safe_sched.scheduler.Scheduler.grow`: new rows start where all rows started."""
+        """See `Scheduler.grow`: new rows start where all rows started."""
         new = index.slots - state.logits.numel()
         return replace(
             state,
@@ -140,11 +137,11 @@ class Released:
         )
 
     def weights(self, state: ReleasedState, batch: Observation) -> Tensor:
-        """See `safe_sched.scheduler.Scheduler.weights`."""
+        """See `Scheduler.weights`."""
         return self._transform(state, state.logits[batch.slots])
 
     def slot_weights(self, state: ReleasedState, slots: Any = slice(None)) -> Tensor:
-        """See `safe_sched.scheduler.Scheduler.slot_weights`."""
+        """See `Scheduler.slot_weights`."""
         return self._transform(state, state.logits[slots])
 
     def _transform(self, state: ReleasedState, logits: Tensor) -> Tensor:
@@ -159,10 +156,9 @@ class Released:
             state: Changed in place.
             step: All rows of the optimiser step, with their losses under the parameters before it.
         """
-        assert step.nll is not None
         state.steps += 1
         slots, place = torch.unique(step.slots, return_inverse=True)
-        loss = torch.zeros(slots.numel(), dtype=torch.float64).index_add_(0, place, step.nll.double())
+        loss = torch.zeros(slots.numel(), dtype=torch.float64).index_add_(0, place, step["nll"].double())
         loss /= step.slots.numel()
         gradient, spread = self._batch_gradient(state, slots, loss)
 

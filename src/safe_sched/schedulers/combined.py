@@ -14,8 +14,9 @@ sees nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,18 +24,10 @@ from torch import Tensor
 from safe_sched.errors import OptionError
 from safe_sched.estimators.calibration import LIMIT
 from safe_sched.estimators.prior import CLEARS
+from safe_sched.needs import Need
 from safe_sched.rows.index import RowIndex
-from safe_sched.scheduler import Columns, Observation, Scheduler, State
+from safe_sched.scheduler import Observation, Scheduler, State
 from safe_sched.schedulers.catalog import build
-
-
-@runtime_checkable
-class Expert(Protocol):
-    """A scheduler that can say what it knows of a row as log-odds."""
-
-    def log_odds(self, state: Any, slots: Any) -> Tensor:
-        """Evidence that rows are harmful, without a prior: float32 (rows,), nats; 0 where nothing is known."""
-        ...
 
 
 @dataclass
@@ -51,7 +44,7 @@ class CombinedState(State):
         return {f"{name}.{field}": value for name, part in named for field, value in part.tensors().items()}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> CombinedState:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> CombinedState:
         """The inverse of `tensors`."""
         return cls(
             tuple(
@@ -63,7 +56,7 @@ class CombinedState(State):
         )
 
 
-class Combined:
+class Combined(Scheduler[Any]):
     """See `combine`."""
 
     name: ClassVar[str] = "combined"
@@ -72,37 +65,71 @@ class Combined:
         self.parts, self.prior_share = parts, prior_share
 
     @property
-    def state_type(self) -> type[State]:
+    def state_type(self) -> type[State]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The class of its state."""
         kinds = {part.name: part.state_type for part in self.parts}
         later = frozenset(f"{name}.{field}" for name, kind in kinds.items() for field in kind.sized_later)
         return type("CombinedState", (CombinedState,), {"kinds": kinds, "sized_later": later})
 
     @property
-    def needs_nll(self) -> bool:
-        """Whether an expert reads the rows' losses."""
-        return any(part.needs_nll for part in self.parts)
+    def needs(self) -> tuple[Need, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `Scheduler.needs`: those of all experts, each once."""
+        return tuple(dict.fromkeys(need for part in self.parts for need in part.needs))
 
-    def settings(self) -> dict[str, object]:
+    def needs_now(self, state: Any) -> tuple[Need, ...]:
+        """See `Scheduler.needs_now`."""
+        return tuple(dict.fromkeys(need for part, own in self._experts(state) for need in part.needs_now(own)))
+
+    def settings(self) -> dict[str, Any]:
         """The options as plain JSON values."""
         return {"name": self.name, "prior_share": self.prior_share, "parts": [part.settings() for part in self.parts]}
 
     def init(self, index: RowIndex) -> Any:
-        """See `safe_sched.scheduler.Scheduler.init`."""
+        """See `Scheduler.init`."""
         return self.state_type(tuple(part.init(index) for part in self.parts))  # pyright: ignore[reportCallIssue]
 
     def grow(self, state: Any, index: RowIndex) -> Any:
-        """See `safe_sched.scheduler.Scheduler.grow`."""
-        parts = (part.grow(own, index) for part, own in self.experts(state))
+        """See `Scheduler.grow`."""
+        parts = (part.grow(own, index) for part, own in self._experts(state))
         return self.state_type(tuple(parts))  # pyright: ignore[reportCallIssue]
 
-    def experts(self, state: Any) -> list[tuple[Scheduler[Any], Any]]:
-        """The parts, each with its own state."""
-        return list(zip(self.parts, state.parts, strict=True))
+    def _experts(self, state: Any, need: str | None = None) -> list[tuple[Scheduler[Any], Any]]:
+        """The parts, each with its own state; only those with a need, where one is named."""
+        pairs = zip(self.parts, state.parts, strict=True)
+        return [(part, own) for part, own in pairs if need is None or need in {one.name for one in part.needs}]
+
+    def _any(self, question: str, state: Any, need: str, slots: Tensor) -> Tensor:
+        answers = [getattr(part, question)(own, need, slots) for part, own in self._experts(state, need)]
+        return torch.stack([torch.zeros(slots.numel(), dtype=torch.bool), *answers]).any(0)
+
+    def due(self, state: Any, need: str, slots: Tensor) -> Tensor:
+        """See `Scheduler.due`: for any expert."""
+        return self._any("due", state, need, slots)
+
+    def unknown(self, state: Any, need: str, slots: Tensor) -> Tensor:
+        """See `Scheduler.unknown`: for any expert."""
+        return self._any("unknown", state, need, slots)
+
+    def doubtful(self, state: Any, need: str, slots: Tensor) -> Tensor:
+        """See `Scheduler.doubtful`: for any expert."""
+        return self._any("doubtful", state, need, slots)
+
+    def revisit(self, state: Any, slots: Tensor) -> Tensor:
+        """See `Scheduler.revisit`: for any expert."""
+        return torch.stack([part.revisit(own, slots) for part, own in self._experts(state)]).any(0)
+
+    def calibrate(self, state: Any, need: str, known: Mapping[str, Tensor]) -> dict[str, float]:
+        """See `Scheduler.calibrate`: every expert with this need."""
+        return {k: v for part, own in self._experts(state, need) for k, v in part.calibrate(own, need, known).items()}
+
+    def learn(self, state: Any, need: str, slots: Tensor, values: Tensor) -> dict[str, float]:
+        """See `Scheduler.learn`: every expert with this need."""
+        takers = self._experts(state, need)
+        return {k: v for part, own in takers for k, v in part.learn(own, need, slots, values).items()}
 
     def _total(self, state: Any, slots: Any) -> Tensor:
-        said = [part.log_odds(own, slots) for part, own in self.experts(state) if isinstance(part, Expert)]
-        return torch.stack([one.clamp(-CLEARS, LIMIT) for one in said]).sum(0)
+        said = [part.log_odds(own, slots) for part, own in self._experts(state)]
+        return torch.stack([one.clamp(-CLEARS, LIMIT) for one in said if one is not None]).sum(0)
 
     def _weights(self, total: Tensor) -> Tensor:
         # in double: the weight of a row that nothing is known of must be exactly 1
@@ -111,27 +138,26 @@ class Combined:
         return (torch.sigmoid(-(prior + total.double())) / start).clamp(max=1).float()
 
     def weights(self, state: Any, batch: Observation) -> Tensor:
-        """See `safe_sched.scheduler.Scheduler.weights`."""
-        for part, own in self.experts(state):
+        """See `Scheduler.weights`."""
+        for part, own in self._experts(state):
             part.weights(own, batch)  # an expert that was not asked about a row says so
         return self._weights(self._total(state, batch.slots))
 
     def slot_weights(self, state: Any, slots: Any = slice(None)) -> Tensor:
-        """See `safe_sched.scheduler.Scheduler.slot_weights`."""
+        """See `Scheduler.slot_weights`."""
         return self._weights(self._total(state, slots))
 
     def update(self, state: Any, step: Observation) -> dict[str, float]:
-        """See `safe_sched.scheduler.Scheduler.update`."""
-        return {f"{part.name}_{k}": v for part, own in self.experts(state) for k, v in part.update(own, step).items()}
+        """See `Scheduler.update`."""
+        return {f"{part.name}_{k}": v for part, own in self._experts(state) for k, v in part.update(own, step).items()}
 
     def columns(self, state: Any) -> dict[str, Tensor]:
         """``p_harmful``, and what each expert says, under its name."""
         prior = math.log(self.prior_share / (1 - self.prior_share))
         found = {"p_harmful": torch.sigmoid(prior + self._total(state, slice(None)))}
-        for part, own in self.experts(state):
-            said = part.columns(own) if isinstance(part, Columns) else {}
+        for part, own in self._experts(state):
             found |= {f"{part.name}_weight": part.slot_weights(own)}
-            found |= {f"{part.name}_{name}": values for name, values in said.items()}
+            found |= {f"{part.name}_{name}": values for name, values in part.columns(own).items()}
         return found
 
 
@@ -158,10 +184,8 @@ def combine(*schedulers: Scheduler[Any] | str, prior_share: float = 0.1) -> Comb
     """
     parts = tuple(build(scheduler) for scheduler in schedulers)
     for part in parts:
-        if not isinstance(part, Expert) or getattr(part, "compat", None) is not None:
-            raise OptionError(
-                f"{getattr(part, 'name', part)!r} cannot be combined: it gives no log-odds; use BDS and Antibody"
-            )
+        if type(part).log_odds is Scheduler.log_odds:
+            raise OptionError(f"{part.name!r} cannot be combined: it gives no log-odds; use BDS and Antibody")
     names = [part.name for part in parts]
     if len(names) < 2 or len(set(names)) < len(names):
         raise OptionError(f"combine({', '.join(names)}): give two or more schedulers of different names")

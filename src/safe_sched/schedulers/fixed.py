@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,19 +20,18 @@ from torch import Tensor
 from safe_sched.errors import DataError, OptionError
 from safe_sched.estimators.prior import RowPrior
 from safe_sched.rows.index import RowIndex
-from safe_sched.scheduler import Observation, State
-from safe_sched.schedulers.options import options
+from safe_sched.scheduler import Observation, PerRow, Scheduler, State, options
 
 
 @dataclass
 class FixedState(State):
     """``weight``: float32 (slots,), the factor of every slot."""
 
-    weight: Tensor
+    weight: Annotated[Tensor, PerRow(1)]
 
 
 @options
-class Fixed:
+class Fixed(Scheduler[FixedState]):
     """Given weights per training row.
 
     Args:
@@ -59,7 +58,7 @@ class Fixed:
 
     name: ClassVar[str] = "fixed"
     state_type = FixedState
-    needs_nll = False
+    takes_prior = True
 
     values: Any = dataclasses.field(default=None, repr=False)
     keys: Any = dataclasses.field(default=None, repr=False)
@@ -89,7 +88,7 @@ class Fixed:
             keys = np.array([operator.index(key) % 2**64 for key in keys], dtype=np.uint64)
         return torch.tensor(np.asarray(keys).astype(np.uint64).view(np.int64))
 
-    def settings(self) -> dict[str, object]:
+    def settings(self) -> dict[str, Any]:
         """The options as plain JSON values, the weights as a digest; the weights themselves are in the state."""
         if self.values is None:
             return {"name": self.name, "weights": "equal"}
@@ -98,9 +97,9 @@ class Fixed:
         return {"name": self.name, "weights": given.hexdigest()[:16]}
 
     def init(self, index: RowIndex) -> FixedState:
-        """See `safe_sched.scheduler.Scheduler.init`."""
+        """See `Scheduler.init`."""
         if self.values is None:
-            return FixedState(torch.ones(index.slots))
+            return FixedState.fresh(index.slots)
         values = self._values()
         if self.keys is not None:
             return FixedState(self._by_key(index, values))
@@ -124,7 +123,7 @@ class Fixed:
         return FixedState(weight)
 
     def with_prior(self, state: FixedState, prior: RowPrior) -> FixedState:
-        """See `estimators.prior.Informed`: the weight of a row is ``1 - p``, as ``safe-sched export`` writes it.
+        """See `Scheduler.with_prior`: the weight of a row is ``1 - p``, as ``safe-sched export`` writes it.
 
         Raises:
             OptionError: It has weights already.
@@ -134,7 +133,7 @@ class Fixed:
         return FixedState((1 - prior.p).float())
 
     def grow(self, state: FixedState, index: RowIndex) -> FixedState:
-        """See `safe_sched.scheduler.Scheduler.grow`."""
+        """See `Scheduler.grow`."""
         return self.init(index)
 
     def _by_key(self, index: RowIndex, values: Tensor) -> Tensor:
@@ -156,13 +155,9 @@ class Fixed:
         return values[torch.searchsorted(keys, index.keys)]
 
     def weights(self, state: FixedState, batch: Observation) -> Tensor:
-        """See `safe_sched.scheduler.Scheduler.weights`."""
+        """See `Scheduler.weights`."""
         return state.weight[batch.slots]
 
-    def update(self, state: FixedState, step: Observation) -> dict[str, float]:
-        """Nothing to learn."""
-        return {}
-
     def slot_weights(self, state: FixedState, slots: Any = slice(None)) -> Tensor:
-        """See `safe_sched.scheduler.Scheduler.slot_weights`."""
+        """See `Scheduler.slot_weights`."""
         return state.weight[slots]

@@ -66,11 +66,11 @@ from safe_sched.errors import OptionError, StateError
 from safe_sched.estimators.head import BIAS, FeatureKind, Head, HeadKind, Scorer, expected_sigmoid, harm, require_width
 from safe_sched.estimators.prior import RowPrior
 from safe_sched.estimators.sgld import normal, step
+from safe_sched.needs import EncoderVector, HiddenState, Need, Probe
 from safe_sched.rows.index import RowIndex
 from safe_sched.rows.keys import mix64
-from safe_sched.scheduler import Observation, State
+from safe_sched.scheduler import Observation, PerRow, Scheduler, options
 from safe_sched.schedulers.bds import BDS, RESOLVED, BDSState
-from safe_sched.schedulers.options import options, settings_of
 
 _OPEN = 1.0  # log-odds within which a row that the head has seen is worth measuring
 _AUDIT = 0.05  # of the rows picked: measured whatever the head says
@@ -98,9 +98,9 @@ class NeuralState(BDSState):
         remembered: int64 (remembered,), the slots that they belong to.
     """
 
-    logit: Tensor
-    spread: Tensor
-    known: Tensor
+    logit: Annotated[Tensor, PerRow()]
+    spread: Annotated[Tensor, PerRow()]
+    known: Annotated[Tensor, PerRow(dtype=torch.bool)]
     seen: int
     turn: int
     trained: int
@@ -117,7 +117,7 @@ class NeuralState(BDSState):
 
 
 @options
-class NeuralBDS:
+class NeuralBDS(Scheduler[NeuralState]):
     """Bayesian Data Scheduler that weighs rows by their features. The defaults need no tuning.
 
     Args:
@@ -128,7 +128,6 @@ class NeuralBDS:
             callable from a list of texts to an array (texts, width).
         evidence, reference, prior_share, prior_rows, max_probes: As in `safe_sched.BDS`.
         probe_share: Share of the rows to be measured, 0 to 1; the head decides for the others.
-        energy: What phi is a posterior of, see above.
         prior_std: Standard deviation of a row's logit before anything is known, in nats, > 0.
         temperature: 1 samples the posterior of phi, 0 takes its mode.
         step_size: Of SGLD, 0 to 1, in units of the preconditioner.
@@ -152,9 +151,9 @@ class NeuralBDS:
         >>> scheduler = NeuralBDS()
         >>> state = scheduler.init(RowIndex(torch.tensor([1, 2, 3])))
         >>> x = torch.tensor([[2.0, 0.1], [2.1, 0.0], [-2.0, 0.3]])
-        >>> seen = Observation(torch.arange(3), None, torch.ones(3, dtype=torch.long), 0, features=x)
+        >>> seen = Observation(torch.arange(3), torch.ones(3, dtype=torch.long), measured={"hidden_state": x})
         >>> for _ in range(6):
-        ...     _ = scheduler.learn(state, torch.tensor([0, 2]), torch.tensor([1.0, 0.0]))
+        ...     _ = scheduler.learn(state, "probe", torch.tensor([0, 2]), torch.tensor([1.0, 0.0]))
         ...     _ = scheduler.update(state, seen)
         >>> first, second, third = scheduler.weights(state, seen).tolist()
         >>> first < second < 1 < third
@@ -162,18 +161,18 @@ class NeuralBDS:
     """
 
     name: ClassVar[str] = "neural_bds"
-    needs_features: ClassVar[bool] = True
+    state_type = NeuralState
+    takes_prior = True
 
     features: FeatureKind = "hidden"
     head: HeadKind = "linear"
     encoder: Any = None
-    evidence: Literal["probe", "reference", "covariance"] | None = "probe"
+    evidence: Literal["probe", "reference"] | None = "probe"
     reference: str | None = None
     prior_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     prior_rows: Annotated[float, Field(gt=0)] = 10.0
     max_probes: Annotated[int, Field(ge=1, le=255)] = 3
     probe_share: Annotated[float, Field(ge=0, le=1)] = 1.0
-    energy: Literal["mixture", "weights"] = "mixture"
     prior_std: Annotated[float, Field(gt=0)] = 3.0
     temperature: Annotated[float, Field(ge=0)] = 1.0
     step_size: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -213,19 +212,13 @@ class NeuralBDS:
         return None if self.init_from is None else Scorer.load(self.init_from)
 
     @property
-    def state_type(self) -> type[State]:
-        """The class of its state."""
-        return NeuralState
+    def needs(self) -> tuple[Need, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `Scheduler.needs`: what the scores need, and the features."""
+        features = HiddenState() if self.features == "hidden" else EncoderVector(self.encoder)
+        return (*self._rows.needs, features)
 
-    @property
-    def needs_nll(self) -> bool:
-        """Whether it reads the rows' losses."""
-        return self._rows.needs_nll
-
-    @property
-    def adapter(self) -> str | None:
-        """The PEFT adapter whose losses are the reference, where that is one."""
-        return self._rows.adapter
+    def _features(self, seen: Observation) -> Tensor | None:
+        return seen.measured.get(HiddenState.name if self.features == "hidden" else EncoderVector.name)
 
     @functools.cached_property
     def _prior_logit(self) -> float:
@@ -241,10 +234,10 @@ class NeuralBDS:
     def _prior_spread(self) -> float:
         return self.prior_std**2 + BIAS**2
 
-    def settings(self) -> dict[str, object]:
+    def settings(self) -> dict[str, Any]:
         """The options as plain JSON values."""
         encoder = getattr(self.encoder, "__qualname__", type(self.encoder).__qualname__)
-        return settings_of(self) | {
+        return super().settings() | {
             "encoder": encoder if callable(self.encoder) else None if self.encoder is None else str(self.encoder),
             "init_from": None if self._start is None else self._start.digest(),
         }
@@ -252,7 +245,7 @@ class NeuralBDS:
     # state ------------------------------------------------------------------------------------------------------
 
     def init(self, index: RowIndex) -> NeuralState:
-        """See `safe_sched.scheduler.Scheduler.init`."""
+        """See `Scheduler.init`."""
         n, start = index.slots, self._start
         state = NeuralState(
             **vars(self._rows.init(index)),
@@ -283,18 +276,14 @@ class NeuralBDS:
         )
 
     def with_prior(self, state: NeuralState, prior: RowPrior) -> NeuralState:
-        """See `safe_sched.estimators.prior.Informed`: it counts like a score, for the row and for the head."""
+        """See `Scheduler.with_prior`: it counts like a score, for the row and for the head."""
         return self._rows.with_prior(state, prior)
 
     def grow(self, state: NeuralState, index: RowIndex) -> NeuralState:
-        """See `safe_sched.scheduler.Scheduler.grow`: new rows start where all rows started."""
-        new = index.slots - state.logit.numel()
-        return replace(
-            self._rows.grow(state, index),
-            logit=torch.cat([state.logit, torch.full((new,), self._prior_logit)]),
-            spread=torch.cat([state.spread, torch.full((new,), self._prior_spread)]),
-            known=torch.cat([state.known, torch.zeros(new, dtype=torch.bool)]),
-        )
+        """See `Scheduler.grow`: new rows start where all rows started."""
+        old, grown = state.slots, self._rows.grow(state, index)
+        grown.logit[old:], grown.spread[old:] = self._prior_logit, self._prior_spread
+        return grown
 
     def _head(self, state: NeuralState) -> Head:
         if self._start is not None:
@@ -319,17 +308,18 @@ class NeuralBDS:
     # weights ----------------------------------------------------------------------------------------------------
 
     def weights(self, state: NeuralState, batch: Observation) -> Tensor:
-        """See `scheduler.Scheduler.weights`; without features, as of the last time that the rows were seen."""
-        if batch.features is None or not state.trained:
-            return self._weights(state, batch.slots, state.logit[batch.slots], state.spread[batch.slots])
-        return self._weights(state, batch.slots, *self._read(state, batch.features))
+        """See `Scheduler.weights`; without features, as of the last time that the rows were seen."""
+        features = self._features(batch)
+        if features is None or not state.trained:
+            return self.slot_weights(state, batch.slots)
+        return self._weights(state, batch.slots, *self._read(state, features))
 
     def slot_weights(self, state: NeuralState, slots: Any = slice(None)) -> Tensor:
-        """See `safe_sched.scheduler.Scheduler.slot_weights`: with the head's opinion from when it last saw the row."""
+        """See `Scheduler.slot_weights`: with the head's opinion from when it last saw the row."""
         return self._weights(state, slots, state.logit[slots], state.spread[slots])
 
     def _weights(self, state: NeuralState, where: Any, logit: Tensor, spread: Tensor) -> Tensor:
-        benign = expected_sigmoid(logit.double() - self._rows._said(state, where), spread)
+        benign = expected_sigmoid(logit.double() - self._rows.said(state, where), spread)
         return (benign / (1 - self.prior_share)).float()
 
     def _read(self, state: NeuralState, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -342,7 +332,7 @@ class NeuralBDS:
 
     def columns(self, state: NeuralState) -> dict[str, Tensor]:
         """What the table says of every slot; ``head_log_odds`` is the head's alone, in nats, harmful above 0."""
-        p, low, high = harm(state.logit, state.spread, self._rows._said(state, slice(None)))
+        p, low, high = harm(state.logit, state.spread, self._rows.said(state, slice(None)))
         return {
             "p_harmful": p,
             "p_harmful_low": low,
@@ -350,7 +340,7 @@ class NeuralBDS:
             "log_odds": state.log_odds.float(),
             "head_log_odds": -state.logit,
             "scored": state.scored.to(torch.int32),
-            **self._rows._prior_column(state),
+            **self._rows.prior_column(state),
         }
 
     def scorer(self, state: NeuralState) -> Scorer:
@@ -366,11 +356,13 @@ class NeuralBDS:
 
     # learning ---------------------------------------------------------------------------------------------------
 
-    def due(self, state: NeuralState, slots: Tensor) -> Tensor:
-        """Which rows are still open: bool (rows,)."""
+    def due(self, state: NeuralState, need: str, slots: Tensor) -> Tensor:
+        """See `Scheduler.due`: rows that are still open."""
+        if need != Probe.name:
+            return self._rows.due(state, need, slots)
         if self.evidence != "probe":
             return torch.zeros(slots.numel(), dtype=torch.bool)
-        benign = expected_sigmoid(state.logit[slots].double() - self._rows._said(state, slots), state.spread[slots])
+        benign = expected_sigmoid(state.logit[slots].double() - self._rows.said(state, slots), state.spread[slots])
         log_odds = torch.logit(benign, eps=1e-12).abs()
         scored, known = state.scored[slots].long(), state.known[slots] & (state.trained > 0)
         # a fixed number per slot, uniform on [0, 1)
@@ -378,27 +370,32 @@ class NeuralBDS:
         picked = (number < self.probe_share) & ((log_odds < RESOLVED) | ~known | (number < _AUDIT * self.probe_share))
         fresh = (scored == 0) & (picked | (known & (log_odds < _OPEN)))
         again = (scored > 0) & (scored < self.max_probes) & (log_odds < RESOLVED)
-        return fresh | again | self.doubtful(state, slots)
+        return fresh | again | self.doubtful(state, need, slots)
 
-    def doubtful(self, state: NeuralState, slots: Tensor) -> Tensor:
-        """See `safe_sched.scheduler.Evidential.doubtful`: as in `BDS`."""
-        return self._rows.doubtful(state, slots)
+    def doubtful(self, state: NeuralState, need: str, slots: Tensor) -> Tensor:
+        """See `Scheduler.doubtful`: as in `BDS`."""
+        return self._rows.doubtful(state, need, slots)
 
-    def learn(self, state: NeuralState, slots: Tensor, scores: Tensor) -> dict[str, float]:
+    def revisit(self, state: NeuralState, slots: Tensor) -> Tensor:
+        """See `Scheduler.revisit`: as in `BDS`."""
+        return self._rows.revisit(state, slots)
+
+    def learn(self, state: NeuralState, need: str, slots: Tensor, values: Tensor) -> dict[str, float]:
         """Take scores in; the head learns of them in `update`, when the rows' features are there. See `BDS.learn`."""
-        return self._rows.learn(state, slots, scores)
+        return self._rows.learn(state, need, slots, values)
 
     def update(self, state: NeuralState, step: Observation) -> dict[str, float]:
-        """See `safe_sched.scheduler.Scheduler.update`: remember the step's scored rows, and sample phi."""
+        """See `Scheduler.update`: remember the step's scored rows, and sample phi."""
         metrics = self._rows.update(state, step)
-        if step.features is None or not step.slots.numel():
+        features = self._features(step)
+        if features is None or not step.slots.numel():
             return metrics
         if not state.phi.numel():
-            self._begin(state, step.features.shape[1])
-        require_width(step.features, state.feature_mean.numel())
+            self._begin(state, features.shape[1])
+        require_width(features, state.feature_mean.numel())
         slots, place = torch.unique(step.slots, return_inverse=True)
-        features = torch.zeros(slots.numel(), step.features.shape[1]).index_add_(0, place, step.features.float())
-        features /= torch.bincount(place)[:, None]
+        mean = torch.zeros(slots.numel(), features.shape[1]).index_add_(0, place, features.float())
+        features = mean / torch.bincount(place)[:, None]
         self._follow(state, features)
         scored = state.scored[slots] > 0
         self._remember(state, slots[scored], features[scored])
@@ -446,9 +443,9 @@ class NeuralBDS:
     def _train(self, state: NeuralState, recalled: Tensor) -> dict[str, float]:
         head = self._head(state)
         u = head.read(state.memory[recalled], *self._moments(state))
-        evidence = self._evidence(state)[recalled, None]
+        evidence = self._rows.said(state, state.remembered)[recalled, None]
         each = state.remembered.numel() / recalled.numel()  # rows that each one stands for
-        curvature = self.curvature(head.logits(state.phi, u), evidence).mean(1).clamp(min=_LEAST_CURVATURE).sum()
+        curvature = self.curvature(head.logits(state.phi, u)).mean(1).clamp(min=_LEAST_CURVATURE).sum()
         precondition = 1 / (1 + head.slope * each * float(curvature))
         coordinates, sign = torch.arange(head.parameters), head.mirror()[:, None]
         visits = torch.full_like(coordinates, 1 + state.trained)
@@ -469,29 +466,19 @@ class NeuralBDS:
             "head_spread": float(variance.sqrt().mean()),
         }
 
-    def _evidence(self, state: NeuralState) -> Tensor:
-        """E of the remembered rows, with the harmful-share prior where the energy wants it."""
-        evidence = self._rows._said(state, state.remembered)
-        return evidence + self._rows._share_log_odds(state.judged) if self.energy == "weights" else evidence
-
     # the posterior of the head ----------------------------------------------------------------------------------
 
     def energy_of(self, z: Tensor, evidence: Tensor) -> Tensor:
         """``u(z, E)`` of the module's docstring, elementwise."""
-        if self.energy == "weights":
-            return evidence * torch.sigmoid(z)
         return -torch.logaddexp(torch.nn.functional.logsigmoid(z), torch.nn.functional.logsigmoid(-z) + evidence)
 
     def slope(self, z: Tensor, evidence: Tensor) -> Tensor:
         """``du/dz``; for the mixture, P(harmful) after the row's scores less that before them."""
-        if self.energy == "weights":
-            return evidence * torch.sigmoid(z) * torch.sigmoid(-z)
         return torch.sigmoid(evidence - z) - torch.sigmoid(-z)
 
-    def curvature(self, z: Tensor, evidence: Tensor) -> Tensor:
-        """Scale of the second derivative of u, not negative; 1/4, or abs(E) / 4, at most."""
-        bend = torch.sigmoid(z) * torch.sigmoid(-z)
-        return evidence.abs() * bend if self.energy == "weights" else bend
+    def curvature(self, z: Tensor) -> Tensor:
+        """Scale of the second derivative of u, between 0 and 1/4."""
+        return torch.sigmoid(z) * torch.sigmoid(-z)
 
     def gradient(
         self, head: Head, phi: Tensor, prior: Tensor, u: Tensor, evidence: Tensor, each: float = 1.0

@@ -52,7 +52,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from safe_sched.errors import ModelError, NumericsError, unknown_name
-from safe_sched.schedulers.options import options
+from safe_sched.scheduler import options
 
 RULES = ("theorem", "cosine", "constant")
 EMA = 0.99

@@ -1,6 +1,6 @@
 """The one mutable object that integrations talk to: it owns the state, the coverage count and the numbers to log.
 
-The order of calls is the loop in `scheduler`: ``begin_step`` with everything the optimiser step will train on,
+The order of calls is that of `safe_sched.training.loop`: ``begin_step`` with everything the optimiser step will train on,
 ``weigh`` once per micro-batch after its forward, ``mark_gated`` when its backward came through the gate, ``end_step``.
 A step in which any of these is missing for any row ends with an error: a run that ends without one was defended on
 every row.
@@ -8,7 +8,7 @@ every row.
 **Several processes.** Every rank has a session for the rows that it trains on itself, and the scheduler of each works
 on those of all: an `training.ranks.Exchange` joins them by micro-batch, then by rank, which is the order of one
 process with micro-batches as large as those of all ranks together. So the states stay equal without being sent. Every
-rank must call ``begin_step``, ``weigh``, ``learn`` and ``set_reference`` equally often, with no rows where it has none.
+rank must call ``begin_step``, ``weigh`` and ``learn`` equally often, with no rows where it has none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,16 +26,18 @@ import torch
 from torch import Tensor
 
 from safe_sched.errors import CoverageError, DataError, NumericsError, OptionError, StateError
-from safe_sched.estimators.prior import Informed, RowPrior
+from safe_sched.estimators.prior import RowPrior
+from safe_sched.needs import Need
 from safe_sched.rows.index import RowIndex
 from safe_sched.rows.keys import Layout, keys_of
 from safe_sched.rows.nll import label_counts
-from safe_sched.scheduler import Columns, Observation, Scheduler, State, evidential, experts_of
+from safe_sched.scheduler import Observation, Scheduler, State
 from safe_sched.training.checkpoint import load_state, require_same, save_state
 from safe_sched.training.ranks import Alone, Exchange, by_place
-from safe_sched.training.sampling import Draws
 
 Normalizer = Literal["token", "row"]
+
+_NAMES = {"nll": "loss"}  # of needs, in messages
 
 
 def require_normalizer(name: str) -> None:
@@ -103,7 +105,7 @@ class Session:
         >>> where = layout_of(ids)
         >>> session = Session(Fixed([1.0, 0.25]), RowIndex(keys_of(ids, ids, where)))
         >>> (batch,) = session.begin_step([(ids, ids, where)])
-        >>> session.weigh(batch, nll=None).tolist()
+        >>> session.weigh(batch).tolist()
         [1.0, 0.25]
         >>> session.mark_gated(batch)
         >>> session.end_step()["safe_sched/weight_mean"]
@@ -133,8 +135,6 @@ class Session:
         self._batches: list[Batch] = []
         self._step_rows: tuple[Tensor, Tensor] | None = None
         self._learned: dict[str, float] = {}
-        self.safety_loss: float | None = None
-        self.draws: Draws | None = None
 
     def take_prior(self, p: Tensor) -> None:
         """Give the scheduler what is believed of every row before the run (`safe_sched.estimators.prior`).
@@ -146,8 +146,6 @@ class Session:
             DataError: There is not one number from 0 to 1 per row.
             OptionError: The scheduler takes no prior.
         """
-        if not isinstance(self.scheduler, Informed):
-            raise OptionError(f"the scheduler {self.scheduler.name!r} takes no prior; use BDS, NeuralBDS or Fixed")
         prior = RowPrior.of(p, self.index)
         self.state = self.scheduler.with_prior(self.state, prior)
         self.settings["prior"] = prior.fingerprint()
@@ -278,44 +276,34 @@ class Session:
         self.seen = torch.cat([self.seen, self.seen.new_zeros(self.index.slots - self.seen.numel())])
 
     def weigh(
-        self, batch: Batch, nll: Tensor | None, mean_tokens: float | None = None, features: Tensor | None = None
+        self, batch: Batch, measured: Mapping[str, Tensor | None] | None = None, mean_tokens: float | None = None
     ) -> Tensor:
         """The factors of a micro-batch's rows, once its forward is done.
 
         Args:
             batch: From `begin_step`.
-            nll: float32 (rows,) in nats per token, or None where the scheduler does not need it.
+            measured: What was measured of its rows, by the name of the need: (rows,) or (rows, width); None where a rank
+                has nothing under a name that others have. All ranks give the same names.
             mean_tokens: Label tokens per row of the optimiser step, as the trainer's loss counts them; needed
                 for ``normalizer="row"``.
-            features: float32 (rows, width), where the scheduler asks for them.
 
         Returns:
             float32 (rows,) on the batch's device; also kept in ``batch.factors``.
 
         Raises:
-            NumericsError: A loss or a weight is not finite, or a weight is negative.
+            NumericsError: A measured value or a weight is not finite, or a weight is negative.
+            OptionError: The scheduler does not return one number per row.
         """
         teaches = (batch.slots >= 0).nonzero().flatten()
-        losses = None if nll is None else nll.cpu()[teaches]
-        if losses is not None and not bool(torch.isfinite(losses).all()):
-            bad = teaches[(~torch.isfinite(losses)).nonzero().flatten()]
-            raise NumericsError(
-                f"the loss of {bad.numel()} rows is not finite at step {self.steps} (training rows "
-                f"{self._rows_of(batch.slots[bad])}). Lower the learning rate, train in bfloat16 or float32 instead of "
-                "float16, or look at these rows."
-            )
+        mine = {
+            name: None if values is None else values.detach().float().cpu()[teaches]
+            for name, values in (measured or {}).items()
+        }
+        for name, values in mine.items():
+            self._require_finite(name, values, batch.slots[teaches])
         slots, tokens = batch.everyone or (batch.slots[teaches], batch.label_tokens[teaches])
-        read = None if features is None else features.detach().float().cpu()[teaches]
-        losses, read = self._of_all(losses, read)
-        seen = Observation(slots, losses, tokens, self.steps, read, self.safety_loss, self._step_rows)
-        weights = self.scheduler.weights(self.state, seen)
-        if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
-            bad = (~(torch.isfinite(weights) & (weights >= 0))).nonzero().flatten()
-            raise NumericsError(
-                f"{self.scheduler.name} gave {bad.numel()} weights that are negative or not finite at step "
-                f"{self.steps} (first: {float(weights[bad[0]])}); allowed: finite numbers >= 0. Lower its "
-                "learning rate."
-            )
+        seen = Observation(slots, tokens, self.steps, self._of_all(mine), self._step_rows)
+        weights = self._require_weights(self.scheduler.weights(self.state, seen), slots)
         factors = weights[batch.first : batch.first + teaches.numel()]
         if self.normalizer == "row":
             if mean_tokens is None:
@@ -327,74 +315,101 @@ class Session:
         batch.observed, batch.weights = seen, weights
         return batch.factors
 
-    def _of_all(self, *mine: Tensor | None) -> list[Tensor | None]:
-        """Each tensor with those of the other ranks; None where a rank has none."""
-        there = torch.tensor([part is not None for part in mine])
-        said = self.exchange("losses", there, *(torch.empty(0) if part is None else part for part in mine))
-        every = torch.stack([theirs[0] for theirs in said]).all(0).tolist()
-        return [
-            torch.cat([theirs[1 + i] for theirs in said if theirs[1 + i].numel()] or [said[0][1 + i]]) if have else None
-            for i, have in enumerate(every)
-        ]
+    def _require_finite(self, need: str, values: Tensor | None, slots: Tensor) -> None:
+        if values is None:
+            return
+        bad = ~torch.isfinite(values.flatten(1).sum(1) if values.dim() > 1 else values)
+        if bool(bad.any()):
+            raise NumericsError(
+                f"the {_NAMES.get(need, need)} of {int(bad.sum())} rows is not finite at step {self.steps} (training "
+                f"rows {self._rows_of(slots[bad])}). Lower the learning rate, train in bfloat16 or float32 instead of "
+                "float16, or look at these rows."
+            )
 
-    def learn(self, slots: Tensor, scores: Tensor, evidence: str | None = None) -> None:
-        """Give the scheduler scores of some rows (`safe_sched.estimators.calibration`).
+    def _require_weights(self, weights: object, slots: Tensor) -> Tensor:
+        """What a scheduler returned, if it is one finite number >= 0 for every row of this micro-batch."""
+        name, rows = self.scheduler.name, slots.numel()
+        if not isinstance(weights, Tensor):
+            raise OptionError(
+                f"{name} returned a {type(weights).__name__} as weights; needed: a float32 tensor of shape ({rows},), "
+                "one number per row of the micro-batch"
+            )
+        if weights.shape != (rows,) or weights.dtype != torch.float32:
+            raise OptionError(
+                f"{name} returned weights of shape {tuple(weights.shape)} and type {weights.dtype} for {rows} rows; "
+                f"needed: shape ({rows},) and torch.float32, one number per row of the micro-batch, in its order"
+            )
+        weights = weights.detach().cpu()
+        wrong = (~(torch.isfinite(weights) & (weights >= 0))).nonzero().flatten()
+        if wrong.numel():
+            raise NumericsError(
+                f"{name} returned {wrong.numel()} weights that are negative or not finite at step "
+                f"{self.steps} (first: {float(weights[wrong[0]])}); allowed: finite numbers >= 0. Lower its "
+                "learning rate."
+            )
+        return weights
+
+    def _of_all(self, mine: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """The measured values with those of the other ranks; without those that some rank does not have."""
+        there = torch.tensor([values is not None for values in mine.values()], dtype=torch.bool)
+        parts = [torch.empty(0) if values is None else values for values in mine.values()]
+        said = self.exchange("measured", there, *parts)
+        every = torch.stack([theirs[0] for theirs in said]).all(0).tolist()
+        return {
+            name: torch.cat([theirs[1 + i] for theirs in said if theirs[1 + i].numel()] or [said[0][1 + i]])
+            for i, name in enumerate(mine)
+            if every[i]
+        }
+
+    # measurements -----------------------------------------------------------------------------------------------
+
+    def needs(self) -> dict[str, Need]:
+        """What the scheduler wants to have measured as of now, by name."""
+        return {need.name: need for need in self.scheduler.needs_now(self.state)}
+
+    def due(self, need: str, slots: Tensor) -> Tensor:
+        """Which rows should be measured when they come by: bool (rows,), False for negative slots."""
+        return self._asked(self.scheduler.due, need, slots)
+
+    def unknown(self, need: str, slots: Tensor) -> Tensor:
+        """Of which rows no value is known yet: bool (rows,), False for negative slots."""
+        return self._asked(self.scheduler.unknown, need, slots)
+
+    def doubtful(self, need: str, slots: Tensor) -> Tensor:
+        """Which rows were measured in a time of noise: bool (rows,), False for negative slots."""
+        return self._asked(self.scheduler.doubtful, need, slots)
+
+    def _asked(self, question: Callable[[Any, str, Tensor], Tensor], need: str, slots: Tensor) -> Tensor:
+        answer = slots.cpu() >= 0
+        answer[answer.clone()] = question(self.state, need, slots.cpu()[answer])
+        return answer
+
+    def learn(self, need: str, slots: Tensor, values: Tensor) -> None:
+        """Give the scheduler what was measured of some rows. Of several ranks each gives its own.
 
         Args:
+            need: The name of the need.
             slots: int64 (rows,), from a `Batch`; negative ones are left out.
-            scores: float (rows,).
-            evidence: What kind of scores they are, where the scheduler is made of several.
+            values: float (rows,).
 
         Raises:
-            NumericsError: A score is not finite.
-            OptionError: The scheduler takes no scores.
+            NumericsError: A value is not finite.
+            OptionError: The scheduler takes no such values.
         """
-        takers = evidential(self.scheduler, self.state, evidence)
-        if not takers:
-            raise OptionError(f"the scheduler {self.scheduler.name!r} takes no scores; use BDS")
-        slots, scores = slots.cpu(), scores.detach().float().cpu()
-        slots, scores = slots[slots >= 0], scores[slots >= 0]
-        bad = slots[~torch.isfinite(scores)]
-        if bad.numel():
-            raise NumericsError(
-                f"the score of {bad.numel()} rows is not finite at step {self.steps} (training rows "
-                f"{self._rows_of(bad)}). Train in bfloat16 or float32 instead of float16, or look at these rows."
-            )
-        said = self.exchange("scores", slots, scores)
-        slots, scores = (torch.cat(parts) for parts in zip(*said, strict=True))
-        for scheduler, state in takers:
-            self._learned |= scheduler.learn(state, slots, scores)
+        slots, values = slots.cpu(), values.detach().float().cpu()
+        slots, values = slots[slots >= 0], values[slots >= 0]
+        self._require_finite(need, values, slots)
+        said = self.exchange(need, slots, values)
+        slots, values = (torch.cat(parts) for parts in zip(*said, strict=True))
+        self._learned |= self.scheduler.learn(self.state, need, slots, values)
+
+    def calibrate(self, need: str, known: Mapping[str, Tensor]) -> None:
+        """Give the scheduler what was measured of rows whose nature is known; the same on all ranks."""
+        self._learned |= self.scheduler.calibrate(self.state, need, known)
 
     def note(self, metrics: Mapping[str, float]) -> None:
         """Log some numbers with this step's."""
         self._learned |= metrics
-
-    def lacking_reference(self, batch: Batch) -> Tensor:
-        """Which rows of a micro-batch have no reference loss yet: bool (rows,)."""
-        return self.lack_reference(batch.slots)
-
-    def lack_reference(self, slots: Tensor) -> Tensor:
-        """Which slots have no reference loss yet: bool (any,), False for negative ones."""
-        lacking = torch.zeros_like(slots, dtype=torch.bool)
-        for reference in self._references():
-            lacking |= (slots >= 0) & torch.isnan(reference[slots.clamp(min=0)])
-        return lacking
-
-    def set_reference(self, batch: Batch, rows: Tensor, nll: Tensor) -> None:
-        """Keep the reference losses of some rows of a micro-batch.
-
-        Args:
-            batch: From `begin_step`.
-            rows: bool (rows,).
-            nll: float (rows,), nats per token.
-        """
-        for slots, losses in self.exchange("reference", batch.slots[rows], nll.cpu().float()[rows]):
-            for reference in self._references():
-                reference[slots] = losses
-
-    def _references(self) -> list[Tensor]:
-        found = [getattr(state, "reference", None) for _, state in experts_of(self.scheduler, self.state)]
-        return [reference for reference in found if reference is not None and reference.numel()]
 
     def mark_gated(self, batch: Batch) -> None:
         """Note that the gradients of a micro-batch came through the gate."""
@@ -440,12 +455,8 @@ class Session:
         whatever its weight is.
         """
         chances = self.scheduler.slot_weights(self.state, slots)
-        for part, state in evidential(self.scheduler, self.state):
-            again = part.doubtful(state, slots)
-            if part.evidence == "refusal":  # twice at most; what is measured is measured again as it comes by
-                again = again | part.due(state, slots)
-            chances = torch.where(again, chances.clamp(min=1), chances)
-        return chances
+        again = self.scheduler.revisit(self.state, slots)
+        return torch.where(again, chances.clamp(min=1), chances)
 
     def row_weights(self) -> Tensor:
         """The weight of every row of the training set now: float32 (rows,), in the order of the set."""
@@ -466,7 +477,7 @@ class Session:
         posterior's mean and its 5 % and 95 % quantiles), ``log_odds`` (float32, what the row's scores say, in nats)
         and ``scored`` (int32, how many scores).
         """
-        columns = self.scheduler.columns(self.state) if isinstance(self.scheduler, Columns) else {}
+        columns = self.scheduler.columns(self.state)
         slots = torch.arange(self.index.slots) if self.index.row_slots is None else self.index.row_slots.long()
         return pa.table(
             {
@@ -492,14 +503,19 @@ class Session:
         data = "stream" if self.index.streaming else self.index.fingerprint()
         return {"scheduler": self.scheduler.settings(), "normalizer": self.normalizer, "data": data, **self.settings}
 
-    def save(self, path: Path, **header: Any) -> None:
-        """Write the state, the counts and, for a stream, the keys. Every rank must call this; the first one writes."""
+    def save(self, path: Path, others: Mapping[str, Tensor] | None = None, **header: Any) -> None:
+        """Write the state, the counts and, for a stream, the keys. Every rank must call this; the first one writes.
+
+        Args:
+            path: The state file.
+            others: What measurements and parts of the loop want to find again, by name.
+            header: Plain JSON values.
+        """
         tensors = {f"state.{name}": value for name, value in self.state.tensors().items()}
         tensors["seen"] = self.seen
         if self.index.streaming:
             tensors["keys"] = self.index.keys
-        if self.draws is not None:
-            tensors |= {f"draws.{name}": value for name, value in self.draws.tensors().items()}
+        tensors |= {f"part.{name}": value for name, value in (others or {}).items()}
         if self.exchange.rank:
             return
         save_state(
@@ -508,18 +524,21 @@ class Session:
             {**header, **self._binding(), "steps": self.steps, "rows_trained": self.rows_trained},
         )
 
-    def load(self, path: Path, steps: int | None = None) -> None:
+    def load(self, path: Path, steps: int | None = None) -> dict[str, Tensor]:
         """Go on from what `save` wrote.
 
         Args:
             path: The state file.
             steps: Optimiser steps that the checkpoint says were done, to be compared.
 
+        Returns:
+            The ``others`` that were given to `save`.
+
         Raises:
             StateError: It is missing, damaged, or was saved by another run.
         """
         tensors, header = load_state(path)
-        drawn = {name: tensors.pop(name) for name in list(tensors) if name.startswith("draws.")}
+        others = {name.removeprefix("part."): tensors.pop(name) for name in list(tensors) if name.startswith("part.")}
         require_same(path, header, self._binding() | ({} if steps is None else {"steps": steps}))
         fresh = {f"state.{name}": value for name, value in self.state.tensors().items()} | {"seen": self.seen}
         if self.index.streaming:
@@ -533,8 +552,6 @@ class Session:
                 f"{path} does not hold what this scheduler saves: {', '.join(sorted(wrong))} missing, unknown or of "
                 "another size. Resume from another checkpoint."
             )
-        if self.draws is not None:
-            self.draws.restore({name.removeprefix("draws."): value for name, value in drawn.items()})
         if self.index.streaming:
             self.index.add(tensors["keys"])
         prefix = "state."
@@ -542,3 +559,4 @@ class Session:
         self.state = self.scheduler.state_type.from_tensors(fields)
         self.seen = tensors["seen"]
         self.steps, self.rows_trained = header["steps"], header["rows_trained"]
+        return others
