@@ -37,6 +37,8 @@ from trl import SFTConfig, SFTTrainer
 
 from safe_sched import BDS, Antibody
 from safe_sched.rows.keys import IGNORE_INDEX
+from safe_sched.training import forward
+from safe_sched.training.loop import Company
 from safe_sched.training.session import Session
 from safe_sched_hf import SafeSchedCallback
 from safe_sched_hf import attach as attachment
@@ -265,7 +267,7 @@ def time_own_code() -> None:
 
     for owner, name in (
         (attachment, "batch_fields"),
-        (attachment, "token_weights"),
+        (forward, "token_weights"),
         (Company, "after_forward"),
         (Session, "begin_step"),
         (Session, "end_step"),

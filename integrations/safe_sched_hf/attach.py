@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from transformers import Trainer
 from safe_sched.errors import ModelError
 from safe_sched.rows.keys import IGNORE_INDEX, batch_fields
 from safe_sched.training.forward import Forward, listening
-from safe_sched.training.loop import Company, Run
+from safe_sched.training.loop import Company, Part, Run
 from safe_sched.training.session import Batch
 from safe_sched_hf.distributed import telling
 
@@ -154,6 +154,23 @@ def refuse_unsupported(trainer: Trainer, callback: object, *, ranks: bool = Fals
         if present:
             raise ModelError(
                 f"{type(callback).__name__} does not support {what} yet. Run one process on one device without it."
+            )
+
+
+def refuse_sharded(parts: Iterable[Part]) -> None:
+    """Refuse what needs the whole model on every rank, where FSDP shards it.
+
+    Args:
+        parts: All that would take part in the run.
+
+    Raises:
+        ModelError: Naming what to use instead.
+    """
+    for part in parts:
+        if part.unsharded:
+            raise ModelError(
+                f"SafeSchedCallback does not support {part.unsharded}, where FSDP shards the model. Use DDP, or BDS() "
+                "or NeuralBDS() without it."
             )
 
 

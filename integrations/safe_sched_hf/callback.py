@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import safe_sched
 from safe_sched.data.rows import CORE
-from safe_sched.errors import DataError, ModelError, OptionError, unknown_name
+from safe_sched.errors import DataError, OptionError, unknown_name
 from safe_sched.estimators.head import Scorer
 from safe_sched.scheduler import Scheduler
 from safe_sched.schedulers import build
@@ -24,7 +24,7 @@ from safe_sched.training.loop import Company, Part, Run, measurements_for, part_
 from safe_sched.training.ranks import Exchange
 from safe_sched.training.record import RunRecord, versions
 from safe_sched.training.session import Normalizer, Session, require_normalizer
-from safe_sched_hf.attach import Attachment, calling_trainer, refuse_unsupported, trial_of
+from safe_sched_hf.attach import Attachment, calling_trainer, refuse_sharded, refuse_unsupported, trial_of
 from safe_sched_hf.distributed import exchange_of, telling
 from safe_sched_hf.noise import ParameterNoise
 from safe_sched_hf.prior import read_prior, require_prior
@@ -161,6 +161,11 @@ class SafeSchedCallback(TrainerCallback):
             raise DataError("there is no session yet: call trainer.train() first")
         return self._session
 
+    @property
+    def parts(self) -> list[Part]:
+        """The parts of the loop beside the measurements, those that options of the callback stand for among them."""
+        return self._company.parts
+
     def table(self) -> pa.Table:
         """One line per training row, in the order in which the trainer holds them.
 
@@ -198,12 +203,8 @@ class SafeSchedCallback(TrainerCallback):
     def _refuse(self, trainer: Trainer) -> None:
         refuse_unsupported(trainer, self, ranks=True)
         self._company.each("refuse", trainer)
-        for part in self._company if trainer.is_fsdp_enabled else ():
-            if part.unsharded:
-                raise ModelError(
-                    f"SafeSchedCallback does not support {part.unsharded}, where FSDP shards the model. Use DDP, or "
-                    "BDS() or NeuralBDS() without it."
-                )
+        if trainer.is_fsdp_enabled:
+            refuse_sharded(self._company)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

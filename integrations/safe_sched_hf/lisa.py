@@ -9,11 +9,11 @@ of a safety batch, a run repeats::
 The anchor of a phase is where the other one ended, and in the first phase where training began. Both are the parameters
 at the last switch, so one copy of the trainable parameters is kept and not two.
 
-User steps are the trainer's own, so batches, counters and schedules are those of the plain run and no batch is lost. The
-pull is put into the empty gradients before a step, so clipping sees the sum. When a user phase is full, the safe phase
-runs at the end of that step, before the trainer saves: a checkpoint never lies within one. A safe step is an optimiser
-step like the trainer's: same optimiser, autocast and clipping. Its learning rate is the mean one of the user phase that
-it follows; at the end of a schedule that falls to 0 the current one would teach nothing.
+User steps are the trainer's own, so batches, counters and schedules are those of the plain run and no batch is lost.
+The pull is put into the empty gradients before a step, so clipping sees the sum. When a user phase is full, the safe
+phase runs at the end of that step, before the trainer saves: a checkpoint never lies within one. A safe step is an
+optimiser step like the trainer's: same optimiser, autocast and clipping. Its learning rate is the mean one of the user
+phase that it follows; at the end of a schedule that falls to 0 the current one would teach nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Lisa(Part):
         rho: Strength of the pull, >= 0, usually 0.01 to 1; 0 for none, which also saves the copy of the parameters.
 
     Raises:
-        OptionError: An option is unknown or out of range; or, when training starts, it ends before the first user phase.
+        OptionError: An option is unknown or out of range; or, when training starts, it ends before the first user
+            phase.
 
     Example:
         >>> from safe_sched_hf import Lisa, SafeSchedCallback

@@ -199,8 +199,8 @@ def safe_sched_row_losses(request: RowLossesRequest) -> RowLosses | None:  # pyr
 def safe_sched_schedulers() -> Mapping[str, type[Scheduler[Any]]]:  # pyright: ignore[reportReturnType]
     """Schedulers by name, for `safe_sched.schedulers.catalog.build`.
 
-    Each is a subclass of `safe_sched.scheduler.Scheduler` whose arguments are its options. A name that is built in stays
-    what it is.
+    Each is a subclass of `safe_sched.scheduler.Scheduler` whose arguments are its options. A name that is built in
+    stays what it is.
     """
 
 
@@ -214,7 +214,7 @@ def safe_sched_measurements() -> Mapping[str, type[Measurement[Any]]]:  # pyrigh
 
 @hookspec
 def safe_sched_parts() -> Mapping[str, type[Part]]:  # pyright: ignore[reportReturnType]
-    """Parts of the training loop by name: subclasses of `safe_sched.training.loop.Part` whose arguments are their options."""
+    """Parts of the training loop by name: subclasses of `safe_sched.training.loop.Part`. Arguments are options."""
 
 
 @hookspec(firstresult=True)

@@ -1,4 +1,4 @@
-"""What a scheduler can ask to have measured. A need is a name with options; `safe_sched.training.loop` tells who measures.
+"""What a scheduler can ask to have measured. A need is a name with options.
 
 ========================  =============================================  =============================================
 need                      what is measured of a row                      how the scheduler gets it
@@ -92,7 +92,8 @@ class RefusalOdds(Need):
     Args:
         ratio: ``"opening"``, ``"token_mean"`` or ``"sequence_sum"``.
         refusals: Refusals to compare with; None: about a hundred that come with the package.
-        anchor: Whether a row's ratio is taken under the aligned start and kept; ``"start"``: for all rows before step 0.
+        anchor: Whether a row's ratio is taken under the aligned start and kept; ``"start"``: for all rows before step
+            0.
         cost: ``"shared_prefix"``, ``"first_token"`` or ``"exact"``.
         refusals_per_row: Refusals that a row is compared with, >= 1.
         ahead: Whether all ratios of an optimiser step must be known before its first forward.

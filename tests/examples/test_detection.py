@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from examples.demo import model, study, tasks
-from safe_sched import BDS
+from safe_sched import BDS, BDSReleased
 from safe_sched_hf import SafeSchedCallback
 
 pytestmark = [pytest.mark.slow, pytest.mark.slow_sample]
@@ -45,5 +45,5 @@ def test_a_benign_file_keeps_its_weights(base: Any) -> None:
 
 def test_the_released_rule_does_not_find_them(base: Any) -> None:
     """The control: what the assertion above asks for is not met by any weights at all."""
-    table, harmful = trained(base, BDS(compat="released"), tasks.load("poisoned"))
+    table, harmful = trained(base, BDSReleased(), tasks.load("poisoned"))
     assert roc_auc_score(harmful, -table.column("weight").to_numpy()) < 0.9

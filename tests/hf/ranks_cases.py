@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import DataCollatorForSeq2Seq
 
-from safe_sched import BDS, Antibody, Fixed, Lisa, NeuralBDS
+from safe_sched import BDS, Antibody, BDSReleased, Fixed, NeuralBDS
 from safe_sched.errors import RankError
 from safe_sched.training import session
 from safe_sched.training.ranks import Alone
-from safe_sched_hf import SafeSchedCallback
+from safe_sched_hf import Lisa, SafeSchedCallback
 from safe_sched_hf import callback as callback_module
 from safe_sched_hf.distributed import exchange_of
 from tests.support import (
@@ -80,9 +80,8 @@ CASES: dict[str, tuple[Any, Callable[[], list[Any]], dict[str, Any]]] = {
         {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
     ),
     "probe": (make_sft, ours(BDS(), safety_data=SAFE), {"max_steps": 28, "gradient_accumulation_steps": 2}),
-    "covariance": (make_hf, ours(BDS(evidence="covariance"), safety_data=TOKENS), {"max_steps": 9}),
-    "prior": (make_hf, ours(BDS(evidence="covariance"), safety_data=TOKENS, prior="p"), {"rows": INFORMED}),
-    "released": (make_sft, ours(BDS(compat="released"), safety_data=TOKENS), {"max_steps": 9}),
+    "prior": (make_hf, ours(BDS(), safety_data=SAFE, prior="p"), {"rows": INFORMED}),
+    "released": (make_sft, ours(BDSReleased(), safety_data=TOKENS), {"max_steps": 9}),
     "neural": (make_sft, ours(NeuralBDS(), safety_data=SAFE), {"max_steps": 14}),
     "antibody": (make_sft, ours(antibody(), **ASKED), {"max_steps": 14}),
     "antibody, step": (
@@ -96,10 +95,14 @@ CASES: dict[str, tuple[Any, Callable[[], list[Any]], dict[str, Any]]] = {
         {"gradient_accumulation_steps": 2},
     ),
     "antibody, start": (make_hf, ours(antibody(anchor="start"), **ASKED), {}),
-    "lisa": (make_sft, ours(Lisa(safe_steps=1, user_steps=3, rho=0.3), safety_data=TOKENS), {"max_steps": 8}),
+    "lisa": (
+        make_sft,
+        ours(Fixed(), parts=[Lisa(safe_steps=1, user_steps=3, rho=0.3)], safety_data=TOKENS),
+        {"max_steps": 8},
+    ),
     "lisa, probe": (
         make_hf,
-        ours(Lisa(safe_steps=2, user_steps=3, scheduler=BDS()), safety_data=SAFE),
+        ours(BDS(), parts=[Lisa(safe_steps=2, user_steps=3)], safety_data=SAFE),
         {"gradient_accumulation_steps": 2, "max_steps": 6},
     ),
     "noise": (make_hf, ours(FIXED, model_temperature=0.01), {}),
@@ -206,7 +209,7 @@ def nan(output: Any) -> Any:
 
 FAULTS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     # forwards of a step with safety rows: theirs, then one per micro-batch
-    "loss": (ours(BDS(compat="released"), safety_data=TOKENS), lambda trainer: broken_model(trainer, 4, nan)),
+    "loss": (ours(BDSReleased(), safety_data=TOKENS), lambda trainer: broken_model(trainer, 4, nan)),
     "safety loss": (ours(FIXED, safety_data=TOKENS), lambda trainer: broken_model(trainer, 3, nan)),
     "memory": (ours(FIXED, safety_data=TOKENS), lambda trainer: broken_model(trainer, 3, out_of_memory)),
     "score": (ours(BDS(), safety_data=SAFE), lambda trainer: broken_model(trainer, 4, out_of_memory)),

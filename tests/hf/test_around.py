@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import HPSearchBackend
 
-from safe_sched import BDS, Antibody, Fixed, Lisa, NeuralBDS
+from safe_sched import BDS, Antibody, Fixed, NeuralBDS
 from safe_sched.errors import ModelError
 from safe_sched.training.checkpoint import MANIFEST_FILE, STATE_FILE
+from safe_sched.training.loop import measurements_for
 from safe_sched_hf import SafeSchedCallback
-from safe_sched_hf.attach import refuse_unsupported
-from safe_sched_hf.sharded import refuse_sharded
+from safe_sched_hf.attach import refuse_sharded, refuse_unsupported
+from safe_sched_hf.lisa import Lisa
+from safe_sched_hf.noise import ParameterNoise
 from tests.support import hooks_on, make_hf, make_model, make_sft, parameters_of, single_thread, text_rows, token_rows
 
 ROWS = token_rows(16, seed=2)
@@ -198,22 +200,19 @@ def test_ddp_and_fsdp2_are_taken_by_those_who_can(changes: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "temperature", "match"),
+    ("scheduler", "part", "match"),
     [
-        (Lisa(2, 3, 0.1), 0.0, "Lisa"),
-        (Antibody(), 0.0, "Antibody"),
-        (BDS(evidence="reference", reference="adapter:plain"), 0.0, "a reference adapter"),
-        (BDS(), 1.0, "model_temperature=1.0"),
+        (Fixed(), Lisa(2, 3, 0.1), "Lisa"),
+        (Antibody(), None, "Antibody"),
+        (BDS(evidence="reference", reference="adapter:plain"), None, "a reference adapter"),
+        (BDS(), ParameterNoise(1.0), "model_temperature=1.0"),
     ],
 )
-def test_what_needs_the_whole_model_is_refused_where_it_is_sharded(
-    scheduler: Any, temperature: float, match: str
-) -> None:
-    evidence = {scheduler.evidence} if getattr(scheduler, "evidence", None) else set()
+def test_what_needs_the_whole_model_is_refused_where_it_is_sharded(scheduler: Any, part: Any, match: str) -> None:
     with pytest.raises(ModelError, match=match):
-        refuse_sharded(scheduler, evidence, temperature)
+        refuse_sharded([*measurements_for(scheduler), *([part] if part else [])])
     for fine in (BDS(), NeuralBDS(), Fixed()):
-        refuse_sharded(fine, {"probe"}, 0.0)
+        refuse_sharded(measurements_for(fine))
 
 
 def test_a_batch_size_that_is_searched_for_is_refused(tmp_path: Path) -> None:

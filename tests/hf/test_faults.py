@@ -19,12 +19,12 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from safe_sched import BDS, Antibody, Lisa, NeuralBDS, combine
+from safe_sched import BDS, Antibody, NeuralBDS, combine
 from safe_sched.errors import DataError, NumericsError, SafeSchedError, StateError
 from safe_sched.training.checkpoint import MANIFEST_FILE, STATE_FILE
 from safe_sched.training.manifest import read_manifest, verify
 from safe_sched.training.record import TABLE_FILE
-from safe_sched_hf import SafeSchedCallback
+from safe_sched_hf import Lisa, SafeSchedCallback
 from tests.support import hooks_on, make_model, make_sft, parameters_of, single_thread, text_rows, token_rows
 
 ROWS = token_rows(20, seed=4)
@@ -136,8 +136,7 @@ def test_a_fault_stops_the_run_and_a_resume_ends_where_it_would_have(
 KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "NeuralBDS": lambda: {"scheduler": NeuralBDS()},
     "a combination": lambda: {"scheduler": combine(BDS(), Antibody(on_inversion="ignore"))},
-    "Lisa": lambda: {"scheduler": Lisa(safe_steps=1, user_steps=2, scheduler=BDS())},
-    "covariance": lambda: {"scheduler": BDS(evidence="covariance")},
+    "Lisa": lambda: {"scheduler": BDS(), "parts": [Lisa(safe_steps=1, user_steps=2)]},
     "noise on the model": lambda: {"model_temperature": 1e-4},
     "sample": lambda: {"act": "sample"},
     "packed": lambda: {"packing": True, "max_length": 24},

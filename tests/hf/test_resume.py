@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safe_sched import BDS, Fixed
+from safe_sched import BDSReleased, Fixed
 from safe_sched.errors import StateError
 from safe_sched.training.checkpoint import STATE_FILE
 from safe_sched_hf import SafeSchedCallback
@@ -24,7 +24,7 @@ def run(
     make: Any, folder: Path, rows: Any = ROWS, resume: Path | None = None, callback: Any = None, **options: Any
 ) -> Any:
     ours = callback or SafeSchedCallback(
-        BDS(compat="released", learning_rate=0.1), safety_data=text_rows(6, seed=8), safety_batch_size=2
+        BDSReleased(learning_rate=0.1), safety_data=text_rows(6, seed=8), safety_batch_size=2
     )
     trainer = make(
         folder,
@@ -87,9 +87,7 @@ def test_fresh_weights_would_show(whole: Any, tmp_path: Path) -> None:
 
 def test_a_resume_by_flag_finds_the_last_checkpoint(tmp_path: Path) -> None:
     run(make_sft, tmp_path, max_steps=4)
-    other = SafeSchedCallback(
-        BDS(compat="released", learning_rate=0.1), safety_data=text_rows(6, seed=8), safety_batch_size=2
-    )
+    other = SafeSchedCallback(BDSReleased(learning_rate=0.1), safety_data=text_rows(6, seed=8), safety_batch_size=2)
     trainer = make_sft(
         tmp_path, ROWS, callbacks=[other], max_steps=6, gradient_accumulation_steps=2, per_device_train_batch_size=2
     )
@@ -100,9 +98,7 @@ def test_a_resume_by_flag_finds_the_last_checkpoint(tmp_path: Path) -> None:
 def test_a_resume_by_path_goes_on_from_that_folder(tmp_path: Path) -> None:
     """A path that is no string, and is not in the output folder."""
     run(make_hf, tmp_path / "first", max_steps=2)
-    other = SafeSchedCallback(
-        BDS(compat="released", learning_rate=0.1), safety_data=text_rows(6, seed=8), safety_batch_size=2
-    )
+    other = SafeSchedCallback(BDSReleased(learning_rate=0.1), safety_data=text_rows(6, seed=8), safety_batch_size=2)
     options: dict[str, Any] = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     trainer = make_hf(tmp_path / "second", ROWS, callbacks=[other], max_steps=3, **options)
     trainer.train(resume_from_checkpoint=tmp_path / "first" / "checkpoint-2")  # pyright: ignore[reportArgumentType]
@@ -124,7 +120,7 @@ def test_a_resume_that_does_not_fit_stops(tmp_path: Path) -> None:
         tmp_path,
         "learning_rate",
         callback=SafeSchedCallback(
-            BDS(compat="released", learning_rate=0.2), safety_data=text_rows(6, seed=8), safety_batch_size=2
+            BDSReleased(learning_rate=0.2), safety_data=text_rows(6, seed=8), safety_batch_size=2
         ),
     )
     resume_error(tmp_path, "scheduler: saved", callback=SafeSchedCallback(Fixed()))
@@ -147,7 +143,7 @@ def test_other_safety_rows_are_another_run(tmp_path: Path) -> None:
         tmp_path,
         "safety",
         callback=SafeSchedCallback(
-            BDS(compat="released", learning_rate=0.1), safety_data=text_rows(6, seed=9), safety_batch_size=2
+            BDSReleased(learning_rate=0.1), safety_data=text_rows(6, seed=9), safety_batch_size=2
         ),
     )
-    resume_error(tmp_path, "safety", callback=SafeSchedCallback(BDS(compat="released", learning_rate=0.1)))
+    resume_error(tmp_path, "safety", callback=SafeSchedCallback(BDSReleased(learning_rate=0.1)))

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorForSeq2Seq, TrainerCallback
 
-from safe_sched import BDS, Antibody, Fixed, Lisa, NeuralBDS, combine
+from safe_sched import BDS, Antibody, BDSReleased, Fixed, NeuralBDS, combine
 from safe_sched.errors import CoverageError, DataError, ModelError, OptionError, StateError
 from safe_sched.training.checkpoint import STATE_FILE
 from safe_sched.training.sampling import FLOOR, uniform
-from safe_sched_hf import SafeSchedCallback
+from safe_sched_hf import Lisa, SafeSchedCallback
 from safe_sched_hf.sampling import DrawnBatches
 from tests.hf.test_untouched import Breaks, assert_same_run
 from tests.support import (
@@ -308,7 +308,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 
 def learner(**options: Any) -> SafeSchedCallback:
-    scheduler = BDS(compat="released", transform="sigmoid", initial_logit=-1.0, learning_rate=0.3)
+    scheduler = BDSReleased(transform="sigmoid", initial_logit=-1.0, learning_rate=0.3)
     return sampling(scheduler, safety_data=text_rows(6, seed=8), safety_batch_size=2, **options)
 
 
@@ -386,23 +386,22 @@ def test_a_resume_from_weighting_stops(tmp_path: Path) -> None:
 
 SCHEDULERS: dict[str, Any] = {
     "bds": BDS,
-    "bds, softmax": lambda: BDS(transform="softmax"),
-    "bds, covariance": lambda: BDS(evidence="covariance"),
-    "bds, released": lambda: BDS(compat="released"),
+    "bds, released": BDSReleased,
     "neural": NeuralBDS,
     "antibody": lambda: Antibody(on_inversion="ignore", refusals=("w1 w2", "w3 w4")),
     "antibody, softmax": lambda: Antibody(
         on_inversion="ignore", refusals=("w1 w2", "w3 w4"), gate="softmax", ratio="token_mean"
     ),
     "combined": lambda: combine(BDS(), Antibody(on_inversion="ignore", refusals=("w1 w2", "w3 w4"))),
-    "lisa": lambda: Lisa(safe_steps=2, user_steps=3),
-    "lisa with bds": lambda: Lisa(safe_steps=2, user_steps=3, scheduler=BDS()),
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [*SCHEDULERS, "fixed, lisa", "bds, lisa"])
 def test_every_scheduler_can_be_sampled_by(name: str, tmp_path: Path) -> None:
-    ours = sampling(SCHEDULERS[name](), safety_data=text_rows(6, seed=8), safety_batch_size=2)
+    method = name.removesuffix(", lisa")
+    parts = [Lisa(safe_steps=2, user_steps=3)] if name.endswith("lisa") else []
+    scheduler = Fixed() if method == "fixed" else SCHEDULERS[method]()
+    ours = sampling(scheduler, parts=parts, safety_data=text_rows(6, seed=8), safety_batch_size=2)
     trainer = train(make_sft, tmp_path, [ours], gradient_accumulation_steps=2, per_device_train_batch_size=2)
     assert ours.session.steps == 12
     table = ours.table()

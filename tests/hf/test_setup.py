@@ -17,7 +17,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from safe_sched import BDS, Fixed
+from safe_sched import BDSReleased, Fixed
 from safe_sched.errors import CoverageError, DataError, ModelError, NumericsError, OptionError
 from safe_sched.rows.index import RowIndex
 from safe_sched.training.checkpoint import MANIFEST_FILE
@@ -131,7 +131,7 @@ def test_batches_without_labels_are_an_error(tmp_path: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
-@pytest.mark.parametrize("scheduler", [BDS(compat="released"), Fixed()], ids=["bds", "fixed"])
+@pytest.mark.parametrize("scheduler", [BDSReleased(), Fixed()], ids=["bds", "fixed"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_rows(scheduler: Any, tmp_path: Any) -> None:
     model = make_model()
     trainer = make_sft(tmp_path, ROWS, model=model, callbacks=[SafeSchedCallback(scheduler)], max_steps=4)
@@ -150,7 +150,7 @@ def test_a_safety_loss_that_is_not_finite_stops_the_run(tmp_path: Any) -> None:
         tmp_path,
         ROWS,
         model=model,
-        callbacks=[SafeSchedCallback(BDS(compat="released"), safety_data=token_rows(4, seed=9))],
+        callbacks=[SafeSchedCallback(BDSReleased(), safety_data=token_rows(4, seed=9))],
     )
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
@@ -168,7 +168,7 @@ def test_a_fused_loss_with_a_trainable_head_is_refused(tmp_path: Any) -> None:
 def test_a_fused_loss_is_refused_where_row_losses_are_needed(tmp_path: Any) -> None:
     model = make_model(cls=FusedLossLlama)
     model.lm_head.weight.requires_grad_(False)
-    trainer = make_hf(tmp_path, ROWS, model=model, callbacks=[SafeSchedCallback(BDS(compat="released"))])
+    trainer = make_hf(tmp_path, ROWS, model=model, callbacks=[SafeSchedCallback(BDSReleased())])
     with pytest.raises(ModelError, match="row is never computed, and 'bds' needs it"):
         trainer.train()
 
@@ -317,7 +317,7 @@ def test_a_run_that_fails_leaves_a_manifest_that_says_so(tmp_path: Any) -> None:
 
 def test_a_stream_is_defended_row_by_row(tmp_path: Any) -> None:
     """A streamed set: rows get their places as they come; the table lists those seen."""
-    ours = SafeSchedCallback(BDS(compat="released", learning_rate=0.1))
+    ours = SafeSchedCallback(BDSReleased(learning_rate=0.1))
     trainer = make_sft(tmp_path, ROWS, callbacks=[ours], max_steps=9)
     trainer.train_dataset = IterableDataset.from_generator(lambda: iter(ROWS))
     trainer.train()
@@ -329,7 +329,7 @@ def test_a_stream_is_defended_row_by_row(tmp_path: Any) -> None:
 
 def test_duplicates_share_one_weight(tmp_path: Any) -> None:
     rows = [*ROWS, ROWS[0], ROWS[0]]
-    ours = SafeSchedCallback(BDS(compat="released", learning_rate=0.1))
+    ours = SafeSchedCallback(BDSReleased(learning_rate=0.1))
     trainer = make_sft(tmp_path, rows, callbacks=[ours], max_steps=-1, num_train_epochs=1)
     trainer.train()
     table = ours.table().to_pydict()
@@ -349,7 +349,7 @@ def test_conversations_are_trained_and_told_apart(tmp_path: Any) -> None:
         }
         for row in text_rows(12)
     ]
-    ours = SafeSchedCallback(BDS(compat="released"), safety_data="core")
+    ours = SafeSchedCallback(BDSReleased(), safety_data="core")
     trainer = make_sft(tmp_path, rows, callbacks=[ours], max_steps=3, assistant_only_loss=True)
     trainer.train()
     assert ours.table().num_rows == 12
@@ -371,12 +371,12 @@ def test_bds_sees_the_losses_of_the_rows(cls: type, tmp_path: Any) -> None:
     model = make_model()
     seen: dict[int, float] = {}
 
-    class Spy(BDS):
+    class Spy(BDSReleased):
         def update(self, state: Any, step: Any) -> Any:
-            seen.update(zip(step.slots.tolist(), step.nll.tolist(), strict=True))
+            seen.update(zip(step.slots.tolist(), step["nll"].tolist(), strict=True))
             return super().update(state, step)
 
-    ours = SafeSchedCallback(Spy(compat="released"))
+    ours = SafeSchedCallback(Spy())
     trainer = make_sft(tmp_path, ROWS, model=model, callbacks=[ours], max_steps=6, learning_rate=0.0)
     trainer.__class__ = cls
     trainer.train()

@@ -81,7 +81,8 @@ class Pending:
 class RefusalOddsMeasurement(Measurement[RefusalOdds]):
     """Takes the ratios of answers and refusals; see `safe_sched.schedulers.antibody`.
 
-    What it saves: ``observed``, the step at which safety prompts were asked last; ``source``, 0 before the calibration, 1
+    What it saves: ``observed``, the step at which safety prompts were asked last; ``source``, 0 before the
+        calibration, 1
     the adapter switched off, 2 the model as it trains; ``openings``, which of the known openings are compared with.
     """
 
@@ -128,8 +129,8 @@ class RefusalOddsMeasurement(Measurement[RefusalOdds]):
         """See `Part.load`."""
         if tensors.keys() != {"observed", "source", "openings"}:
             raise StateError(
-                f"the saved state holds {sorted(tensors)} of {self.name!r}; needed: observed, source and openings. Resume "
-                "from another checkpoint, or start again without resuming."
+                f"the saved state holds {sorted(tensors)} of {self.name!r}; needed: observed, source and openings. "
+                "Resume from another checkpoint, or start again without resuming."
             )
         self.observed, self.source = int(tensors["observed"]), int(tensors["source"])
         self.chosen = tensors["openings"]

@@ -194,9 +194,9 @@ class Antibody(Scheduler[AntibodyState]):
             state: Changed in place.
             need: ``"refusal_odds"``.
             known: ``refused``, float (prompts,), log-odds of refusing some safety prompts. At the start besides:
-                ``refusing`` and ``complying``, float (prompts,), the ratios of their refusals and of an inert compliance
-                with them; ``others``, float (rows,), those of training rows whose prompts the model would rather answer.
-                Later: ``unread``, whether there are rows whose first ratio this model is to give.
+                ``refusing`` and ``complying``, float (prompts,), the ratios of their refusals and of an inert
+                compliance with them; ``others``, float (rows,), those of training rows whose prompts the model would
+                rather answer. Later: ``unread``, whether there are rows whose first ratio this model is to give.
 
         Raises:
             ModelError: The ratio is inverted, or the model no longer refuses, and ``on_inversion`` says to stop.

@@ -1,7 +1,7 @@
 """Listening to a training forward: what it shows of each row, and where the gate is set.
 
-Hooks only look. When the forward is over, the gate is set on the first tensor of this list that exists, all of which the
-loss of a row flows through:
+Hooks only look. When the forward is over, the gate is set on the first tensor of this list that exists, all of which
+the loss of a row flows through:
 
 1. ``output.log_probs`` beside ``output.label_mask``: a head that is fused with the loss (TRL);
 2. what the output embedding returned: the loss is computed from logits, by the model or by the trainer;

@@ -14,7 +14,8 @@ One optimiser step (the user's own lines are unmarked, ours start with ``>``)::
     > session.end_step, after_step               # scheduler.update with what the step saw; Lisa's safe phase
 
 Whoever takes part is a `Part`: a *measurement* (`Measurement`) tells the scheduler something about rows, other parts
-change what is trained on: safety batch, sampling, Lisa, parameter noise. The loop calls all of them alike and knows none
+change what is trained on: safety batch, sampling, Lisa, parameter noise. The loop calls all of them alike and knows
+    none
 of them by name. Third parties register both through `safe_sched.hooks`.
 """
 
@@ -191,7 +192,7 @@ class Part:
         """Before the training forward of a micro-batch."""
 
     def after_forward(self, batch: Batch, forward: Forward) -> Tensor | None:
-        """After it, before its rows are weighed. A measurement may return values of all rows: (rows,) or (rows, width)."""
+        """After it, before its rows are weighed. A measurement may return a value, or a vector, for every row."""
         return None
 
     def after_optimizer(self) -> None:
@@ -359,8 +360,8 @@ class Company:
             part.load({name.removeprefix(f"{part.name}."): value for name, value in own.items()})
         if left:
             raise StateError(
-                f"the saved state holds {', '.join(sorted(left))}, which nothing in this run has saved. Resume with the "
-                "same scheduler and parts, or start again without resuming."
+                f"the saved state holds {', '.join(sorted(left))}, which nothing in this run has saved. Resume with "
+                "the same scheduler and parts, or start again without resuming."
             )
 
 
@@ -421,8 +422,8 @@ class TrainingLoop:
         parts: What else takes part, for example `safe_sched_hf.safety.SafetyBatch`.
         safety: Token rows of a safety set, for measurements and parts that need them.
         normalizer: What the weighted loss is a mean over, see `safe_sched.training.session.Session`.
-        mean: Over what the loop's own loss is a mean: the label tokens of each ``"micro_batch"``, and then over those of
-            the step; or of the whole ``"step"``.
+        mean: Over what the loop's own loss is a mean: the label tokens of each ``"micro_batch"``, and then over those
+            of the step; or of the whole ``"step"``.
         seed: Random seed of the parts.
         precision: Makes the context of a forward, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
         exchange: Joins several processes; None: one process.

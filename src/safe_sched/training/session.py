@@ -1,9 +1,9 @@
 """The one mutable object that integrations talk to: it owns the state, the coverage count and the numbers to log.
 
-The order of calls is that of `safe_sched.training.loop`: ``begin_step`` with everything the optimiser step will train on,
-``weigh`` once per micro-batch after its forward, ``mark_gated`` when its backward came through the gate, ``end_step``.
-A step in which any of these is missing for any row ends with an error: a run that ends without one was defended on
-every row.
+The order of calls is that of `safe_sched.training.loop`: ``begin_step`` with everything the optimiser step will train
+on, ``weigh`` once per micro-batch after its forward, ``mark_gated`` when its backward came through the gate,
+``end_step``. A step in which any of these is missing for any row ends with an error: a run that ends without one was
+defended on every row.
 
 **Several processes.** Every rank has a session for the rows that it trains on itself, and the scheduler of each works
 on those of all: an `training.ranks.Exchange` joins them by micro-batch, then by rank, which is the order of one
@@ -282,8 +282,8 @@ class Session:
 
         Args:
             batch: From `begin_step`.
-            measured: What was measured of its rows, by the name of the need: (rows,) or (rows, width); None where a rank
-                has nothing under a name that others have. All ranks give the same names.
+            measured: What was measured of its rows, by the name of the need: (rows,) or (rows, width); None where a
+                rank has nothing under a name that others have. All ranks give the same names.
             mean_tokens: Label tokens per row of the optimiser step, as the trainer's loss counts them; needed
                 for ``normalizer="row"``.
 
