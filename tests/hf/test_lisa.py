@@ -254,7 +254,7 @@ def test_rows_of_weight_0_leave_the_safe_steps_alone(tmp_path: Path) -> None:
     """With Fixed weights of 0, no pull and plain gradient descent, only safe steps move the model."""
     options = {"optim": "sgd", "max_steps": 6}
     scheduler = Fixed([0.0] * 20)
-    trainer = make_trainer(make_hf, tmp_path, [ours(scheduler)], options)
+    trainer = make_trainer(make_hf, tmp_path, [ours(Lisa(2, 3, 0.0), scheduler)], options)
     alone = twin_of(trainer, {})
     with single_thread():
         trainer.train()
