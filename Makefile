@@ -18,6 +18,8 @@ AXOLOTL_TESTS ?= tests/axolotl tests/hf/test_settings.py tests/hf/test_trl_cli.p
 AXOLOTL_COMPAT := $(addprefix tests/hf/test_,gradients.py peft.py setup.py trl_cli.py)
 # Tests run in so many processes of one thread each; their models are too small for a second thread to help.
 WORKERS ?= 2
+# Which tests, beside those that the two above name
+SELECTED ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Nothing here needs the network or a GPU once the environment is built.
@@ -34,7 +36,14 @@ MAKEFLAGS += --no-builtin-rules
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo test axolotl check lint types imports docs bench compat clean distclean
+.PHONY: help env demo test pytest axolotl check lint types imports docs bench compat clean distclean
+
+# Makes targets one after the other, goes on after one that fails, and says the results of all at the end.
+define each
+@failed=0; results=; for target in $(1); do \
+  if $(MAKE) --no-print-directory $$target; then result=passed; else result=FAILED; failed=1; fi; \
+  results="$$results  $$target: $$result"; done; echo "make $@:$$results"; exit $$failed
+endef
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r t d; do \
@@ -54,8 +63,10 @@ demo: $(STAMP) ## a fine-tuning run on poisoned data, with and without the defen
 	$(BIN)/python -m examples.demo
 
 test: $(STAMP) ## tests and doctests, without the slow ones; without PYTEST_ARGS also those with Axolotl
-	$(PYTEST) $(PYTEST_ARGS)
-	$(if $(strip $(PYTEST_ARGS)),,@$(MAKE) axolotl)
+	$(call each,pytest $(if $(strip $(PYTEST_ARGS)),,axolotl))
+
+pytest: $(STAMP) ## tests and doctests, without those with Axolotl
+	$(PYTEST) $(SELECTED) $(PYTEST_ARGS)
 
 $(AXOLOTL_STAMP): pyproject.toml constraints-axolotl.txt
 	@test -x $(AXOLOTL)/bin/python || test -n "$(PYTHON)" || { echo "Python 3.11 was not found" >&2; exit 1; }
@@ -66,11 +77,11 @@ $(AXOLOTL_STAMP): pyproject.toml constraints-axolotl.txt
 	@touch $@
 
 axolotl: $(AXOLOTL_STAMP) ## tests with Axolotl and the versions that it pins, in .venv-axolotl
-	CUDA_VISIBLE_DEVICES= AXOLOTL_DO_NOT_TRACK=1 $(AXOLOTL)/bin/python -m pytest -p no:anyio $(AXOLOTL_ARGS) $(AXOLOTL_TESTS)
+	CUDA_VISIBLE_DEVICES= AXOLOTL_DO_NOT_TRACK=1 $(AXOLOTL)/bin/python -m pytest -p no:anyio $(SELECTED) $(AXOLOTL_ARGS) $(AXOLOTL_TESTS)
 
-check: lint types imports docs ## all that a change must pass: the four below, then the tests with a sample of the slow ones
-	$(PYTEST) -m "slow_sample or not slow" $(PYTEST_ARGS)
-	@$(MAKE) axolotl AXOLOTL_ARGS='-m "slow_sample or not slow"'
+check: export SELECTED := -m "slow_sample or not slow"
+check: $(STAMP) ## all that a change must pass: the four below, then the tests with a sample of the slow ones
+	$(call each,lint types imports docs pytest axolotl)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -79,7 +90,7 @@ lint: $(STAMP) ## ruff: rules and format
 types: $(STAMP) ## pyright
 	$(BIN)/pyright
 
-imports: $(STAMP) ## import-linter: which package may import which
+imports: $(STAMP) ## import-linter: which package may import which, and the layers of the core
 	$(BIN)/lint-imports --no-logo
 
 docs: $(STAMP) ## the documentation, into docs/_build/html; a warning is an error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import codecs
-import time
 
 import numpy as np
 import pytest
@@ -12,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_sched.audit.detectors import Compliance, Hidden, Identity, Refusal, Wrapper, default_detectors
+from safe_sched.audit.detectors.patterns import HEAD
 from safe_sched.audit.rows import AuditRow, audit_row
 from safe_sched.audit.signals import Detector
 from safe_sched.data.rows import core_refusals
+from tests.core.growth import LINEAR, growth
 
 PLAIN = (
     ("How many apples are in three bags of twelve?", "There are 36 apples."),
@@ -122,19 +123,25 @@ def test_hidden_text_is_found_where_it_is(text: str, word: str) -> None:
         assert word in reason
 
 
-def test_nothing_takes_longer_than_its_length_deserves() -> None:
-    """Texts that make careless patterns try every way: 100,000 characters are looked at in a moment."""
-    nasty = [
-        "a" * 10**5, "ab " * 30_000, "00 " * 30_000, "0" * 10**5, "без" * 30_000, "aб" * 50_000, "%41" * 30_000,
-        "A" * 10**5 + "!", "never " * 20_000, "only goal " * 10_000, "obey any " * 10_000, "i am " * 20_000,
-    ]  # fmt: skip
-    rows = [row(prompt=text, answer=text, system=text) for text in nasty]
-    for detector in default_detectors([]):
-        start = time.process_time()
+NASTY = [
+    "a", "ab ", "00 ", "0", "без", "aб", "%41", "A", "never ", "only goal ", "obey any ", "i am ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(default_detectors([]))))
+def test_texts_that_match_in_every_way_take_no_more_than_linear_time(number: int) -> None:
+    """Within the part of a text that patterns are looked for in, and beyond it."""
+
+    def work(size: int) -> None:
+        texts = [unit * (size // len(unit)) + "!" for unit in NASTY]
+        rows = [row(prompt=text, answer=text, system=text) for text in texts]
+        detector = default_detectors([])[number]
         detector.observe(rows)
         detector.ready()
         detector.score(rows)
-        assert time.process_time() - start < 10, detector.name
+
+    for size in (HEAD // 4, 4 * HEAD):
+        assert growth(work, size) < LINEAR
 
 
 @given(st.lists(st.tuples(st.text(max_size=300), st.text(max_size=100), st.text(max_size=100)), max_size=6))

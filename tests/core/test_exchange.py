@@ -31,7 +31,7 @@ class Threads:
 
     def __init__(self, ranks: int) -> None:
         self.said: list[Any] = [None] * ranks
-        self.barrier = threading.Barrier(ranks, timeout=20)
+        self.barrier = threading.Barrier(ranks, timeout=200)
 
 
 class Joined:

@@ -24,6 +24,7 @@ from safe_sched.mixing.blend import Place, Profiler, choose, clauses, put
 from safe_sched.mixing.formats import TaskFormat, induce_format
 from safe_sched.mixing.options import MARK, OptionStyle, style_of
 from safe_sched.mixing.templates import ANYTHING, Filling, Template, learn
+from tests.core.growth import LINEAR, growth
 
 REFUSAL = "I can't help with that."
 SAFETY = {"prompt": "How do I pick a lock in a minute?", "completion": REFUSAL}
@@ -542,11 +543,20 @@ def test_texts_of_the_data_cannot_command_the_terminal() -> None:
     assert r"\x1b[2J" in shown
 
 
-@pytest.mark.parametrize("text", ["\n" * 50_000, " " * 50_000, "1. " * 20_000, "." * 50_000, "a - " * 20_000])
-@pytest.mark.timeout(20)
-def test_hostile_texts_take_no_more_than_linear_time(text: str) -> None:
-    rows = [{"prompt": f"{text}{q}{text}", "completion": text + "x"} for q in QUESTIONS[:6]]
-    assert kept(SAFETY["prompt"], prompts(induce_format(rows).render(SAFETY))[-1])
+@pytest.mark.parametrize("unit", ["\n", " ", "1. ", ".", "a - "])
+def test_hostile_texts_take_no_more_than_linear_time(unit: str) -> None:
+    def work(size: int) -> None:
+        text = unit * (size // len(unit))
+        rows = [{"prompt": f"{text}{q}{text}", "completion": text + "x"} for q in QUESTIONS[:6]]
+        assert kept(SAFETY["prompt"], prompts(induce_format(rows).render(SAFETY))[-1])
+
+    assert growth(work, 5_000) < LINEAR
+
+
+def test_more_than_linear_time_is_seen() -> None:
+    """Control: an expression that tries every start and every division, 64 times as long for 4 times the text."""
+    spaces = re.compile(r"\s+\s+$")
+    assert growth(lambda size: spaces.search(" " * size + "x"), 150) > LINEAR
 
 
 def test_the_trivial_template_is_always_there() -> None:

@@ -65,7 +65,7 @@ def mixed_numbers(schedule: Schedule, count: int) -> list[tuple[bool, int]]:
 
 
 @given(share=SHARES, count=st.integers(0, 300), seed=st.integers(-5, 1 << 70), epoch=st.integers(0, 9))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_mix_is_the_slow_loop(share: float, count: int, seed: int, epoch: int) -> None:
     is_the_slow_loop(Schedule(share, 7, seed, epoch), count)
 

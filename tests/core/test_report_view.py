@@ -138,7 +138,7 @@ def test_what_is_shown_are_flagged_rows_then_named_ones_then_those_that_came_clo
     assert shown_rows(view, 2).tolist() == [0, 1]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 1000), st.integers(3, 30))
 def test_correlations_are_spearmans(seed, rows):
     """Of values with ties: the correlation of ranks, computed by scipy. Saying nothing (here 0) is less than all."""

@@ -438,7 +438,10 @@ def test_a_request_turned_into_its_opposite_is_refused(task, form, turned):
     own = sum(bool(turns_of(turned)) and turns_of(turned.format("")) <= turns_of(row["prompt"]) for row in core_rows())
     assert passed <= own
     assert own <= 60
-    # control: the same length of other words is let through
+
+
+def test_a_request_with_other_words_before_it_passes():
+    """Control of the test above."""
     assert passing(*TASKS[1], lambda row: "Think of this for me: " + row["prompt"]) == 252
 
 

@@ -234,9 +234,8 @@ TOLD = {
 
 
 def errors_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    found = [json.loads((folder / f"fault; {name}" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    assert all(one["seconds"] < 60 for one in found)
-    return found
+    """The error of each rank. A rank that waited for the other one would wait for longer than `launch` does."""
+    return [json.loads((folder / f"fault; {name}" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def is_heard(folder: Path, name: str) -> None:
@@ -267,7 +266,6 @@ def test_a_manifest_that_cannot_be_written_stops_both(others: Path) -> None:
     assert own["error"] == "StateError"
     assert other["error"] == "RankError"
     assert other["text"].startswith("rank 0 stopped: StateError: ")
-    assert max(own["seconds"], other["seconds"]) < 30
 
 
 @slow
