@@ -268,14 +268,14 @@ def _ending(form: str, sources: list[Any]) -> str:
 
 def _write(findings: Any, sources: list[Any], out: Path, path: Path) -> None:
     from safe_sched.audit.output import write_rows
-    from safe_sched.audit.shards import write_whole
+    from safe_sched.data.writing import write_file
     from safe_sched.report.summary import summary_json
 
     write_rows(findings, sources, path)
     sink = pa.BufferOutputStream()
     pyarrow.parquet.write_table(findings.table, sink, compression="zstd")
-    write_whole(out / "findings.parquet", sink.getvalue().to_pybytes())
-    write_whole(out / "summary.json", json.dumps(summary_json(findings), indent=1).encode())
+    write_file(out / "findings.parquet", sink.getvalue().to_pybytes())
+    write_file(out / "summary.json", json.dumps(summary_json(findings), indent=1).encode())
 
 
 def _print_json(findings: Any) -> None:
