@@ -12,8 +12,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from safe_sched.data.layouts import Columns
 from safe_sched.data.rows import read_rows
+from safe_sched.data.schemas.renamed import RenamedColumns
 from safe_sched.data.trainer_files.axolotl import TYPES
 from safe_sched.errors import DataError
 from safe_sched_axolotl.block import KEY, plain
@@ -148,6 +148,6 @@ def _columns(kind: Any) -> dict[str, str] | None:
         }
     base = kind.partition(":")[0] if isinstance(kind, str) else ""
     layout = TYPES.get(base)
-    if not base.startswith(_PROMPTED) or not isinstance(layout, Columns):
+    if not base.startswith(_PROMPTED) or not isinstance(layout, RenamedColumns):
         return None
     return dict(layout.names)

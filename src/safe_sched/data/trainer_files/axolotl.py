@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from safe_sched.data import Kind
-from safe_sched.data.layouts import ROLES, Columns, Layout, Segments, Turns, Untokenised
+from safe_sched.data.schemas.renamed import RenamedColumns, RenamedTurns, RowFormat, Segments, Untokenised
+from safe_sched.data.schemas.texts import ROLES
 from safe_sched.data.sources import DataSource, data_sources, matching
 from safe_sched.errors import DataError
 
@@ -21,11 +22,11 @@ _ALPACA = {"instruction": "instruction", "input": "input", "output": "output"}
 _ORCA = {"instruction": "question", "output": "response", "system": "system_prompt"}
 
 
-def _alpaca(names: Mapping[str, str]) -> Layout:
-    return Columns("alpaca", names)
+def _alpaca(names: Mapping[str, str]) -> RowFormat:
+    return RenamedColumns("alpaca", names)
 
 
-TYPES: Mapping[str, Layout] = {
+TYPES: Mapping[str, RowFormat] = {
     **dict.fromkeys(
         (
             "alpaca",
@@ -52,7 +53,7 @@ TYPES: Mapping[str, Layout] = {
     "context_qa": _alpaca({"instruction": "article", "input": "question", "output": "answer"}),
     "context_qa.load_v2": _alpaca({"instruction": "context", "input": "question", "output": "answer"}),
     "input_output": Segments(),
-    "pygmalion": Turns("conversations", ("role",), ("value",)),
+    "pygmalion": RenamedTurns("conversations", ("role",), ("value",)),
 }
 """Types whose columns have fixed names. ``chat_template``, ``sharegpt``, ``completion`` and types that are a mapping
 say the names of theirs."""
@@ -102,7 +103,7 @@ def axolotl_sources(path: Path, config: Mapping[Any, Any], *, test: bool = False
                 raise DataError(f"{name} is a {type(entry).__name__}; needed: a mapping with path and type")
             if key == "pretraining_dataset":
                 column = _text(entry, "text_column", name) or "text"
-                layout: Layout | None = Untokenised(Columns("text", {"text": column}))
+                layout: RowFormat | None = Untokenised(RenamedColumns("text", {"text": column}))
             else:
                 layout = _layout(entry, name)
             found += _files(entry, layout, path.parent, name)
@@ -111,7 +112,7 @@ def axolotl_sources(path: Path, config: Mapping[Any, Any], *, test: bool = False
     return found
 
 
-def _files(entry: Mapping[Any, Any], layout: Layout | None, folder: Path, name: str) -> list[DataSource]:
+def _files(entry: Mapping[Any, Any], layout: RowFormat | None, folder: Path, name: str) -> list[DataSource]:
     _require_known(entry, _READ, name)
     for key in ("revision", "shards", "shards_idx", "input_transform", "skip"):
         if entry.get(key):
@@ -144,7 +145,7 @@ def _files(entry: Mapping[Any, Any], layout: Layout | None, folder: Path, name: 
     ]
 
 
-def _layout(entry: Mapping[Any, Any], name: str) -> Layout | None:
+def _layout(entry: Mapping[Any, Any], name: str) -> RowFormat | None:
     kind = entry.get("type")
     if kind is None:  # rows of tokens; or the YAML of another trainer, whose rows have a schema of their own
         return None
@@ -156,7 +157,7 @@ def _layout(entry: Mapping[Any, Any], name: str) -> Layout | None:
     if base in ("chat_template", "sharegpt") or base.startswith("sharegpt."):
         return Untokenised(_turns(entry, name, base))
     if base == "completion":
-        return Untokenised(Columns("text", {"text": _text(entry, "field", name) or "text"}))
+        return Untokenised(RenamedColumns("text", {"text": _text(entry, "field", name) or "text"}))
     if base not in TYPES:
         allowed = ["chat_template", "sharegpt", "completion", *TYPES]
         near = difflib.get_close_matches(base, allowed, n=1)
@@ -168,17 +169,17 @@ def _layout(entry: Mapping[Any, Any], name: str) -> Layout | None:
     return Untokenised(TYPES[base])
 
 
-def _own(kind: Mapping[Any, Any], name: str) -> Layout:
+def _own(kind: Mapping[Any, Any], name: str) -> RowFormat:
     _require_known(kind, _OWN, f"{name}, type")
     names = {
         column: _text(kind, f"field_{column}", name) or column
         for column in ("system", "instruction", "input", "output")
     }
     constant = _text(kind, "system_prompt", name)
-    return Columns("alpaca", names, {"output": ""} | ({"system": constant} if constant else {}))
+    return RenamedColumns("alpaca", names, {"output": ""} | ({"system": constant} if constant else {}))
 
 
-def _turns(entry: Mapping[Any, Any], name: str, base: str) -> Layout:
+def _turns(entry: Mapping[Any, Any], name: str, base: str) -> RowFormat:
     old = base != "chat_template"
     told = entry.get("message_property_mappings") or {}
     if not isinstance(told, Mapping):
@@ -190,7 +191,7 @@ def _turns(entry: Mapping[Any, Any], name: str, base: str) -> Layout:
             raise DataError(f"{name}: message_field_{what} and message_property_mappings differ; leave one out")
         return (*(one for one in found if one is not None),) or otherwise
 
-    return Turns(
+    return RenamedTurns(
         _text(entry, "field_messages", name) or ("conversations" if old else "messages"),
         called("role", ("from", "role") if old else ("role",)),
         called("content", ("value", "content") if old else ("content",)),

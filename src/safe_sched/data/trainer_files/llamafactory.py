@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from safe_sched.data.kinds import MAX_ROW
-from safe_sched.data.layouts import Columns, History, Layout, Turns
 from safe_sched.data.reading import HUB
+from safe_sched.data.schemas.renamed import PromptHistory, RenamedColumns, RenamedTurns, RowFormat
 from safe_sched.data.sources import DataSource, data_sources, there
 from safe_sched.data.strict_json import StrictDecoder, Unreadable
 from safe_sched.errors import DataError, unknown_name
@@ -116,7 +116,7 @@ def _entry(entry: Mapping[str, Any], folder: Path, shown: str) -> list[DataSourc
     return data_sources(shown, str(file), layout, folders=(folder,), split=split)
 
 
-def _layout(entry: Mapping[str, Any], shown: str) -> Layout:
+def _layout(entry: Mapping[str, Any], shown: str) -> RowFormat:
     columns, tags = _object(entry, "columns", shown), _object(entry, "tags", shown)
     if entry.get("ranking") or (columns or {}).get("kto_tag"):
         raise DataError(f"{shown}: preference data is not audited, only the rows of supervised fine-tuning")
@@ -129,7 +129,7 @@ def _layout(entry: Mapping[str, Any], shown: str) -> Layout:
     named = {tag: _text(tags or {}, tag, shown) or usual for tag, usual in _TAGS.items()}
     if columns and told["messages"] is None:
         raise DataError(f"{shown}: columns has no messages, which names the list of turns")
-    return Turns(
+    return RenamedTurns(
         told["messages"] or "conversations",
         (named["role_tag"],),
         (named["content_tag"],),
@@ -138,18 +138,18 @@ def _layout(entry: Mapping[str, Any], shown: str) -> Layout:
     )
 
 
-def _alpaca(told: Mapping[str, str | None], shown: str) -> Layout:
+def _alpaca(told: Mapping[str, str | None], shown: str) -> RowFormat:
     prompt, query, response = told["prompt"], told["query"], told["response"]
     if prompt is None:
         raise DataError(f"{shown}: columns has no prompt, which names the column of the questions")
     if response is None:
         if query or told["history"]:
             raise DataError(f"{shown}: columns has no response, which names the column of the answers")
-        return Columns("text", {"text": prompt})
+        return RenamedColumns("text", {"text": prompt})
     if told["history"]:
-        return History(prompt, query, response, told["history"], told["system"])
+        return PromptHistory(prompt, query, response, told["history"], told["system"])
     names = {"system": told["system"], "instruction": prompt, "input": query, "output": response}
-    return Columns("alpaca", {name: own for name, own in names.items() if own})
+    return RenamedColumns("alpaca", {name: own for name, own in names.items() if own})
 
 
 def _object(entry: Mapping[str, Any], key: str, shown: str) -> Mapping[str, Any] | None:
