@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safe_sched.data.readers import BadRow
+from safe_sched.data import BadRow
 from safe_sched.data.rows import CORE, read_rows
 from safe_sched.data.trainer_files.axolotl import axolotl_sources
 from safe_sched.data.trainer_files.yaml_files import read_yaml

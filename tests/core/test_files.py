@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from safe_sched import hooks
 from safe_sched.data import KINDS, NAMED, RowWriter, open_rows
-from safe_sched.data import readers as reading_module
+from safe_sched.data import reading as reading_module
 from safe_sched.data.columns import AT_ONCE
 from safe_sched.data.kinds import CHUNK, MAX_ROW
 from safe_sched.data.rows import read_rows
