@@ -19,8 +19,8 @@ from safe_sched.data import KINDS, BadRow, RowWriter, open_rows
 from safe_sched.data.named_sources import sources_of
 from safe_sched.data.schemas import renamed
 from safe_sched.data.sources import DataSource
+from safe_sched.data.trainer_files import MAX_BYTES, MAX_KEYS
 from safe_sched.data.trainer_files.axolotl import TYPES
-from safe_sched.data.trainer_files.yaml_files import MAX_BYTES, MAX_KEYS
 from safe_sched.errors import DataError, OptionError, SafeSchedError
 from tests.core.batches import laws
 
