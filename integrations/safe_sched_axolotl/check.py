@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safe_sched.data.readers import BadRow
+from safe_sched.data import BadRow
 from safe_sched.data.rows import CORE, read_rows
+from safe_sched.data.trainer_files import read_yaml
 from safe_sched.data.trainer_files.axolotl import axolotl_sources
-from safe_sched.data.trainer_files.yaml_files import read_yaml
 from safe_sched.errors import DataError, SafeSchedError
 from safe_sched_axolotl.block import ADD_BLOCK, ADD_PLUGIN, KEY, PLUGIN, plain, plugin_names, require_block, settings_of
 from safe_sched_axolotl.data import checked_entry, is_dataset_syntax

@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from safe_sched.cli.screen import USAGE, say_error
+from safe_sched.data.terminal_text import printable
 from safe_sched.errors import OptionError, unknown_name
-from safe_sched.mixing.explain import seen
 from safe_sched.training.checkpoint import MANIFEST_FILE
 from safe_sched.training.manifest import verify
 from safe_sched_axolotl.block import KEY
@@ -144,7 +144,7 @@ def _show(plan: Plan) -> None:
     console = Console(highlight=False)
     console.print(_table(plan.facts))
     for caution in plan.cautions:
-        console.print(Text(f"caution: {seen(caution)}", "yellow"), soft_wrap=True)
+        console.print(Text(f"caution: {printable(caution)}", "yellow"), soft_wrap=True)
     for problem in plan.problems:
         say_error(f"{plan.path}: {problem}")
     if not plan.problems:
@@ -156,5 +156,5 @@ def _table(facts: Mapping[str, str]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, words in facts.items():
-        table.add_row(name, Text(seen(words)))
+        table.add_row(name, Text(printable(words)))
     return table

@@ -7,14 +7,14 @@ configuration says of ``train_on_inputs``: nobody wants a model that learns to a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from datasets import Dataset
 
-from safe_sched.data.layouts import Columns
 from safe_sched.data.rows import read_rows
-from safe_sched.data.trainer_files.axolotl import TYPES
+from safe_sched.data.schemas.renamed import RenamedColumns, RenamedTurns
+from safe_sched.data.trainer_files.axolotl import row_format
 from safe_sched.errors import DataError
 from safe_sched_axolotl.block import KEY, plain
 from safe_sched_axolotl.data import WHERE, checked_entry, is_dataset_syntax, load
@@ -120,34 +120,18 @@ def _dressed(row: Mapping[str, Any], number: int, entry: Mapping[str, Any]) -> d
         prompt, answer = prompt_and_completion(row, number)
         texts = {"instruction": prompt, "output": answer}
     kind = entry.get("type")
-    if isinstance(kind, str) and kind.partition(":")[0] == "chat_template":
+    base = kind.partition(":")[0] if isinstance(kind, str) else ""
+    try:
+        columns = row_format(entry, "datasets")
+    except DataError:  # a prompt strategy of the user's own
+        return None
+    if base == "chat_template" and isinstance(columns, RenamedTurns):
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         answered = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        return {entry.get("field_messages") or "messages": _turns([*asked, *answered], entry)}
-    columns = _columns(kind)
-    if columns is None or not isinstance(prompt, str) or not isinstance(answer, str):
+        return columns.written((turn["role"], turn["content"]) for turn in (*asked, *answered))
+    if not isinstance(columns, RenamedColumns) or not (isinstance(kind, Mapping) or base.startswith(_PROMPTED)):
         return None
-    return {own: texts.get(name, "") for name, own in columns.items()}
-
-
-def _turns(turns: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]) -> list[dict[str, str]]:
-    names = entry.get("message_property_mappings") or {}
-    role = names.get("role") or entry.get("message_field_role") or "role"
-    content = names.get("content") or entry.get("message_field_content") or "content"
-    called = {target: own[0] for target, own in (entry.get("roles") or {}).items() if own}
-    return [{role: called.get(turn["role"], turn["role"]), content: turn["content"]} for turn in turns]
-
-
-def _columns(kind: Any) -> dict[str, str] | None:
-    """What a type calls instruction, input, system and output."""
-    if isinstance(kind, Mapping):
-        return {
-            name: kind.get(f"field_{name}") or name
-            for name in ("instruction", "output", "input", "system")
-            if name in ("instruction", "output") or kind.get(f"field_{name}")
-        }
-    base = kind.partition(":")[0] if isinstance(kind, str) else ""
-    layout = TYPES.get(base)
-    if not base.startswith(_PROMPTED) or not isinstance(layout, Columns):
+    if not isinstance(prompt, str) or not isinstance(answer, str):
         return None
-    return dict(layout.names)
+    optional = {name for name in ("input", "system") if isinstance(kind, Mapping) and not kind.get(f"field_{name}")}
+    return {own: texts.get(name, "") for name, own in columns.names.items() if name not in optional}

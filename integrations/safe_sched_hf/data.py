@@ -1,22 +1,27 @@
-"""`datasets.Dataset` and `datasets.IterableDataset` for `safe_sched.mixing.mix`: the same kind out, features kept."""
+"""Data of the Hugging Face libraries: data sets to mix into, data sets of the hub, and tokenizers by name."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import torch.utils.data
 
-from safe_sched.errors import DataError
+from safe_sched.errors import DataError, ModelError
 from safe_sched.mixing.plan import PROVENANCE, Maker, Mixture, Row
 from safe_sched.mixing.sets import RowSet, spread
 
 _BATCH = 1000  # user rows that a stream hands over at once
+_HUB_NAME = re.compile(r"hf://(?P<path>\w[\w.-]*/\w[\w.-]*)(?:/(?P<config>\w[\w.-]*))?(?::(?P<split>\w[\w.-]*))?")
+
+# data sets to mix into ----------------------------------------------------------------------------------------------
 
 
 def row_set(data: object) -> RowSet | None:
@@ -134,3 +139,73 @@ class _Batches:
         mixed = list(mixture.interleave(rows, first=numbers[0], end=False))
         names = dict.fromkeys(name for row in mixed for name in row)
         return {name: [row.get(name) for row in mixed] for name in names}
+
+
+# the hub ------------------------------------------------------------------------------------------------------------
+
+
+class HubRows:
+    """The rows of one split, fetched as they are gone through.
+
+    Args:
+        source: ``hf://owner/name``, with ``/config`` and ``:split`` where there are several.
+
+    Raises:
+        DataError: That is no such name, or there is no such data set, config or split, or no network.
+    """
+
+    def __init__(self, source: str) -> None:
+        found = _HUB_NAME.fullmatch(source)
+        if found is None:
+            raise DataError(
+                f"{source!r} is no data set of the hub; allowed: hf://owner/name, hf://owner/name:split, "
+                "hf://owner/name/config:split"
+            )
+        if Path(found["path"]).exists():  # load_dataset would take that
+            raise DataError(f"there is a folder {found['path']} here; give its path, or start from another folder")
+        self._source = source
+        try:
+            self._rows = datasets.load_dataset(
+                found["path"], found["config"], split=found["split"] or "train", streaming=True
+            )
+        except Exception as error:  # what the hub, the network and a damaged file raise has no common class
+            raise self._failed(error) from error
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        """The rows, from the first one on."""
+        rows = iter(self._rows)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise self._failed(error) from error
+            yield row
+
+    def _failed(self, error: Exception) -> DataError:
+        reason = " ".join(str(error).split())[:300]
+        return DataError(
+            f"{self._source} cannot be read: {type(error).__name__}: {reason}. Look at the name, the config, the split "
+            "and the network (HF_HUB_OFFLINE forbids it); or download the files and give their folder"
+        )
+
+
+def tokenizer(name: str) -> Any:
+    """The tokenizer of a folder, or of the hub where there is no such folder.
+
+    Raises:
+        ModelError: There is none, or its files are damaged.
+    """
+    from transformers import AutoTokenizer  # data sets can be read without it
+
+    local = Path(name).expanduser().is_dir()
+    source = str(Path(name).expanduser()) if local else name
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{name} cannot be loaded as a tokenizer: {reason}. Give the folder, or the hub name, of the model whose "
+            "tokenizer made the tokens"
+        ) from error

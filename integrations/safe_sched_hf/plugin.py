@@ -73,17 +73,17 @@ def safe_sched_open_source(source: str) -> Iterable[Mapping[str, Any]] | None:
     """See `safe_sched.hooks.safe_sched_open_source`; nothing where datasets is not installed."""
     if not source.startswith("hf://") or importlib.util.find_spec("datasets") is None:
         return None
-    from safe_sched_hf.sources import open_hub
+    from safe_sched_hf.data import HubRows
 
-    return open_hub(source)
+    return HubRows(source)
 
 
 @hookimpl
 def safe_sched_tokenizer(name: str) -> Any:
-    """See `safe_sched.hooks.safe_sched_tokenizer`; nothing where transformers is not installed."""
-    if importlib.util.find_spec("transformers") is None:
+    """See `safe_sched.hooks.safe_sched_tokenizer`; nothing where transformers or datasets is not installed."""
+    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("datasets") is None:
         return None
-    from safe_sched_hf.named_tokenizer import tokenizer
+    from safe_sched_hf.data import tokenizer
 
     return tokenizer(name)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safe_sched.data.trainer_files.yaml_files import read_yaml
+from safe_sched.data.trainer_files import read_yaml
 from safe_sched.errors import OptionError
 from safe_sched_hf.config import Settings, read_settings
 

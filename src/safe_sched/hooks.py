@@ -424,15 +424,12 @@ def third_party_schedulers() -> dict[str, type[Scheduler[Any]]]:
 
 
 def measurements() -> dict[str, type[Measurement[Any]]]:
-    """The measurements of all plugins, ours among them, by the name of the need.
+    """The measurements of all plugins by the name of the need, those of our integrations among them.
 
     Raises:
         PluginError: Two plugins measure one need.
     """
-    from safe_sched.training.loop import NLLMeasurement
-
-    ours: dict[str, type[Measurement[Any]]] = {"nll": NLLMeasurement}
-    return ours | _by_name("measurement", manager().hook.safe_sched_measurements())
+    return _by_name("measurement", manager().hook.safe_sched_measurements())
 
 
 def parts() -> dict[str, type[Part]]:

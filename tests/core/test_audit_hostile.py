@@ -180,7 +180,7 @@ BAD_LINES = [
     (b'{"prompt": "a", "completion": NaN}', "NaN is not JSON"),
     (b'{"prompt": "a", "completion": 1e999}', "too large"),
     (b'{"prompt": "caf\xe9", "completion": "b"}', "not UTF-8"),
-    (b'{"prompt": "a", "prompt": "b", "completion": "c"}', "stands twice"),
+    (b'{"prompt": "a", "prompt": "b", "completion": "c"}', "duplicate key"),
     (b'{"prompt": "a", "completion": ' + b"[" * 100_000, "nested too deep"),
     (b"[1, 2]", "a list"),
     (b"null", "a NoneType"),

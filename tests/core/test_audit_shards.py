@@ -16,7 +16,8 @@ import pyarrow as pa
 import pytest
 
 from safe_sched.audit import Findings, audit
-from safe_sched.audit.shards import Shards, write_whole
+from safe_sched.audit.shards import Shards
+from safe_sched.data.writing import write_file
 from safe_sched.errors import OptionError, StateError
 from tests.core.audited import Counts, Long, some_rows
 
@@ -163,14 +164,14 @@ from safe_sched.audit import shards
 from tests.core.audited import Counts, Long, some_rows
 
 slow = float(sys.argv[2])
-whole = shards.write_whole
+whole = shards.write_file
 def slowly(path, data):  # so that a kill falls between any two writes
     part = path.with_name("." + path.name + ".part")
     part.write_bytes(data[: len(data) // 2])
     time.sleep(slow)
     whole(path, data)
     time.sleep(slow)
-shards.write_whole = slowly
+shards.write_file = slowly
 print("begun", flush=True)
 audit(some_rows(200), detectors=[Counts(), Long()], out=sys.argv[1], shard_rows=16, resume=True)
 print("done", flush=True)
@@ -213,14 +214,14 @@ def test_killed_at_random_places_it_ends_with_the_same_table(tmp_path: Path) -> 
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_whole(tmp_path / "a.json", b"old")
+    write_file(tmp_path / "a.json", b"old")
 
     def fails(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OptionError, match="a.json cannot be written: No space"):
-        write_whole(tmp_path / "a.json", b"new")
+        write_file(tmp_path / "a.json", b"new")
     assert (tmp_path / "a.json").read_bytes() == b"old"
     with pytest.raises(OptionError, match="cannot be written: No space left"):
         run(tmp_path / "out")

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from safe_sched import hooks
 from safe_sched.audit.rows import audit_row
-from safe_sched.data import KINDS, BadRow, RowWriter, layouts, open_rows
+from safe_sched.data import KINDS, BadRow, RowWriter, open_rows
 from safe_sched.data.named_sources import sources_of
+from safe_sched.data.schemas import renamed
 from safe_sched.data.sources import DataSource
+from safe_sched.data.trainer_files import MAX_BYTES, MAX_KEYS
 from safe_sched.data.trainer_files.axolotl import TYPES
-from safe_sched.data.trainer_files.yaml_files import MAX_BYTES, MAX_KEYS
 from safe_sched.errors import DataError, OptionError, SafeSchedError
 from tests.core.batches import laws
 
@@ -565,10 +566,10 @@ def test_whatever_a_configuration_says_it_is_sources_or_an_error_of_ours(value: 
 
 ALL = [
     *TYPES.values(),
-    layouts.Turns("conversations", ("from", "role"), ("value", "content"), system="system"),
-    layouts.Turns("messages", drop_system=True, system="system"),
-    layouts.History("instruction", "input", "output", "history", "system"),
-    layouts.Untokenised(layouts.Columns("text", {"text": "text"})),
+    renamed.RenamedTurns("conversations", ("from", "role"), ("value", "content"), system="system"),
+    renamed.RenamedTurns("messages", drop_system=True, system="system"),
+    renamed.PromptHistory("instruction", "input", "output", "history", "system"),
+    renamed.Untokenised(renamed.RenamedColumns("text", {"text": "text"})),
 ]
 
 

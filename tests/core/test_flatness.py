@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import safe_sched.training.flat_alignment as flatness
 from safe_sched.errors import ModelError, NumericsError, OptionError
-from safe_sched.training.flat_alignment import EMA, Flatness, Products, attack_scale, flatten, moved, scale_to_gain
+from safe_sched.estimators.moves import moved, scale_to_gain
+from safe_sched.training.flat_alignment import EMA, Flatness, Products, attack_scale, flatten
 
 VECTORS = st.integers(0, 10_000).map(lambda seed: np.random.default_rng(seed).standard_normal((2, 6)))
 

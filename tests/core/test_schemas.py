@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safe_sched.data import places, schemas
+from safe_sched.data import schemas
 from safe_sched.data.schemas import LOOKED_AT
+from safe_sched.data.schemas.texts import Place
 from safe_sched.errors import DataError, OptionError
 from safe_sched.mixing import SCHEMAS, detect, read, write
 from tests.core.batches import laws
@@ -295,7 +296,7 @@ def test_the_round_trip_sees_a_writer_that_loses_something(monkeypatch):
     new = read(row).with_texts(["Ho"])
     assert write(new)["messages"][0] == {"role": "user", "name": "ada", "content": "Ho"}
 
-    def forgetful(value: Any, place: places.Place, text: str) -> Any:
+    def forgetful(value: Any, place: Place, text: str) -> Any:
         return [{"role": "user", "content": text}]
 
     monkeypatch.setattr(schemas, "put", forgetful)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import safe_sched.training.checkpoint
+from safe_sched.data.writing import replacing
 from safe_sched.errors import StateError
 from safe_sched.rows.index import RowIndex
 from safe_sched.scheduler import Observation
@@ -62,16 +65,25 @@ def test_a_tensor_that_is_a_view_is_saved_by_value(tmp_path):
     assert load_state(tmp_path / "s")[0]["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
-def fails_half_way(tensors: Any, path: Path, metadata: Any) -> None:
-    Path(path).write_bytes(b"half a file")
-    raise OSError("no space left on device")
+def fails_half_way(opened: Any) -> Any:
+    """A way to write that runs out of space within the file."""
+
+    @contextlib.contextmanager
+    def writing(path: Path) -> Iterator[Any]:
+        with opened(path) as file:
+            file.write(b"half a file")
+            file.flush()
+            raise OSError("no space left on device")
+            yield
+
+    return writing
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     """The new file appears whole or not at all, and nothing else lies around."""
     path = saved(tmp_path / "s")
     content = path.read_bytes()
-    monkeypatch.setattr(safe_sched.training.checkpoint, "save_file", fails_half_way)
+    monkeypatch.setattr(safe_sched.training.checkpoint, "replacing", fails_half_way(replacing))
     with pytest.raises(OSError, match="no space"):
         session_of().save(path)
     assert path.read_bytes() == content
@@ -88,7 +100,7 @@ def test_a_rename_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         assert target == path
         raise OSError("read-only file system")
 
-    monkeypatch.setattr(safe_sched.training.checkpoint.os, "replace", refuse)
+    monkeypatch.setattr("safe_sched.data.writing.os.replace", refuse)
     with pytest.raises(OSError, match="read-only"):
         session_of().save(path)
     assert path.read_bytes() == content
@@ -98,8 +110,8 @@ def test_a_rename_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_write_in_place_would_be_noticed(tmp_path, monkeypatch):
     """Control: the same failure, written over the old file, loses it."""
     path = saved(tmp_path / "s")
-    monkeypatch.setattr(Path, "with_name", lambda self, name: self)
-    monkeypatch.setattr(safe_sched.training.checkpoint, "save_file", fails_half_way)
+    in_place = fails_half_way(lambda path: open(path, "wb"))  # noqa: SIM115
+    monkeypatch.setattr(safe_sched.training.checkpoint, "replacing", in_place)
     with pytest.raises(OSError, match="no space"):
         session_of().save(path)
     with pytest.raises(StateError):

@@ -22,19 +22,13 @@ KNOWN = {
         "safe_sched_hf.audit.scorer imports safe_sched_hf.measure.features._hidden_features",
         "safe_sched_hf.audit.scorer imports safe_sched_hf.measure.row_losses._device",
         "safe_sched_hf.audit.scorer imports safe_sched_hf.safety._tokenize",
-        "safe_sched_hf.measure.features imports safe_sched_hf.attach._decoder",
     },
     "homonyms": {
         "Alone: safe_sched.mixing.rewriting.endpoint_http, safe_sched.training.ranks",
         "Calibration: safe_sched.audit.calibration.calibrate, safe_sched.estimators.calibration",
-        "Check: safe_sched.schedulers.antibody, safe_sched.training.manifest",
-        "Columns: safe_sched.data.layouts, safe_sched.scheduler",
         "Layout: safe_sched.data.layouts, safe_sched.rows.keys",
         "Mixture: safe_sched.audit.calibration.mixture, safe_sched.mixing.plan",
-        "Probe: safe_sched_hf.audit, safe_sched_hf.measure.probe",
-        "Refusals: safe_sched_hf.audit.refusals, safe_sched_hf.measure.refusals",
         "Source: safe_sched.audit.inputs, safe_sched.training.manifest",
-        "Turn: safe_sched.data.convert, safe_sched_hf.sampling",
     },
 }
 

@@ -311,7 +311,7 @@ def test_a_disk_that_is_full_leaves_the_running_manifest(tmp_path: Path, monkeyp
     def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safe_sched.training.record.os.fsync", full)
+    monkeypatch.setattr("safe_sched.data.writing.os.fsync", full)
     with pytest.raises(StateError, match="No space left on device.*Make room"):
         run.end()
     assert read_manifest(tmp_path).status == "running"

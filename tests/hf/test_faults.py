@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from safe_sched import BDS, Antibody, NeuralBDS, combine
+from safe_sched.data.writing import replacing
 from safe_sched.errors import DataError, NumericsError, SafeSchedError, StateError
 from safe_sched.training.checkpoint import MANIFEST_FILE, STATE_FILE
 from safe_sched.training.manifest import read_manifest, verify
@@ -169,16 +171,16 @@ def test_a_full_disk_leaves_no_half_state(whole: Any, tmp_path: Path, monkeypatc
     """The state of the second checkpoint cannot be written: the run stops, the first one is as it was."""
     import safe_sched.training.checkpoint
 
-    write = safe_sched.training.checkpoint.save_file
-
-    def full(tensors: Any, path: Path, **more: Any) -> None:
-        if f"checkpoint-{2 * SAVED}" in str(path):
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        write(tensors, path, **more)
+    @contextlib.contextmanager
+    def full(path: Path) -> Iterator[Any]:
+        with replacing(path) as file:
+            if f"checkpoint-{2 * SAVED}" in str(path):
+                file.write(b"half")
+                raise OSError(28, "No space left on device")
+            yield file
 
     with monkeypatch.context() as patch:
-        patch.setattr(safe_sched.training.checkpoint, "save_file", full)
+        patch.setattr(safe_sched.training.checkpoint, "replacing", full)
         with pytest.raises((OSError, StateError), match="No space left on device"):
             run(tmp_path)
     assert (tmp_path / f"checkpoint-{2 * SAVED}").is_dir()  # what the trainer has written of it

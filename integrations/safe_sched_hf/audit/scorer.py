@@ -19,10 +19,10 @@ from safe_sched.hooks import AuditRequest
 from safe_sched.rows.keys import IGNORE_INDEX
 from safe_sched_hf.audit.model import AlignedModel
 from safe_sched_hf.audit.prompts import complying, safety_of
+from safe_sched_hf.data import tokenizer
 from safe_sched_hf.measure.features import EncoderFeatures, _hidden_features
 from safe_sched_hf.measure.forward import bucketed, out_of_memory
 from safe_sched_hf.measure.row_losses import _device
-from safe_sched_hf.named_tokenizer import tokenizer
 from safe_sched_hf.safety import _tokenize
 
 

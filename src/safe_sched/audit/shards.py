@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from safe_sched.data.whole import write_file
+from safe_sched.data.writing import write_file
 from safe_sched.errors import OptionError, StateError
 
 MANIFEST = "audit.json"
@@ -32,18 +32,6 @@ _VERSION = 1
 def digest(data: bytes) -> str:
     """Of some bytes, as text."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A file that is there as a whole, even after the power failed, or not at all.
-
-    Raises:
-        OptionError: It cannot be written.
-    """
-    try:
-        write_file(path, data, path.with_name(f".{path.name}.part"))
-    except OSError as error:
-        raise OptionError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 class Shards:
@@ -87,7 +75,7 @@ class Shards:
         if path.exists():
             self._require_same(path, asked)
         else:
-            write_whole(path, json.dumps(asked, indent=1).encode())
+            write_file(path, json.dumps(asked, indent=1).encode())
 
     def _require_same(self, path: Path, asked: Mapping[str, Any]) -> None:
         try:
@@ -127,8 +115,8 @@ class Shards:
         sink = pa.BufferOutputStream()
         pyarrow.parquet.write_table(table, sink, compression="zstd")
         data = sink.getvalue().to_pybytes()
-        write_whole(part, data)
-        write_whole(marker, json.dumps(self._marker(number, data)).encode())
+        write_file(part, data)
+        write_file(marker, json.dumps(self._marker(number, data)).encode())
 
     def tables(self) -> Iterator[pa.Table]:
         """The scores of all shards, in the order of the rows.

@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 
 from safe_sched.cli.screen import UNSCORED, DeviceOption, DtypeOption, errors_as_exit_codes, progress_bar
+from safe_sched.data.terminal_text import printable
 from safe_sched.errors import OptionError
-from safe_sched.mixing.explain import seen
 
 FOUND = 1
 """The exit code where as much was flagged as ``--fail-on`` names."""
@@ -268,14 +268,14 @@ def _ending(form: str, sources: list[Any]) -> str:
 
 def _write(findings: Any, sources: list[Any], out: Path, path: Path) -> None:
     from safe_sched.audit.output import write_rows
-    from safe_sched.audit.shards import write_whole
+    from safe_sched.data.writing import write_file
     from safe_sched.report.summary import summary_json
 
     write_rows(findings, sources, path)
     sink = pa.BufferOutputStream()
     pyarrow.parquet.write_table(findings.table, sink, compression="zstd")
-    write_whole(out / "findings.parquet", sink.getvalue().to_pybytes())
-    write_whole(out / "summary.json", json.dumps(summary_json(findings), indent=1).encode())
+    write_file(out / "findings.parquet", sink.getvalue().to_pybytes())
+    write_file(out / "summary.json", json.dumps(summary_json(findings), indent=1).encode())
 
 
 def _print_json(findings: Any) -> None:
@@ -290,7 +290,7 @@ def _say(findings: Any, then: str | None, out: Path | None) -> None:
     console = Console()
     console.print(render(findings, then=then, bad=False))  # bad rows are named on standard error
     if out is not None:
-        console.print(f"Written to {seen(str(out))}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"Written to {printable(str(out))}", markup=False, highlight=False, soft_wrap=True)
 
 
 _NOT_AGAIN = ("files", "out", "report", "show_text", "fail_on", "resume", "quiet", "as_json")
@@ -334,7 +334,7 @@ def _name_bad(findings: Any) -> None:
     summary, console = findings.summary, Console(stderr=True)
 
     def say(text: str) -> None:
-        console.print(seen(text), style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(text), style="red", markup=False, highlight=False, soft_wrap=True)
 
     unscored = summary.rows - summary.scored
     say(f"{summary.bad_rows:,} lines or rows could not be read, {unscored:,} of {summary.rows:,} rows have no score:")

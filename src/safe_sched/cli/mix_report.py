@@ -14,7 +14,7 @@ from rich.text import Text
 
 from safe_sched.data import RowFile
 from safe_sched.data.kinds import STDIO, form_of
-from safe_sched.mixing.explain import seen
+from safe_sched.data.terminal_text import printable
 from safe_sched.mixing.formats import TaskFormat
 
 
@@ -32,7 +32,7 @@ def table(title: str, lines: Iterable[tuple[str, str]]) -> Table:
     shown.add_column(style="bold", no_wrap=True)
     shown.add_column(overflow="fold")
     for name, value in lines:
-        shown.add_row(Text(seen(name)), Text(seen(value)))
+        shown.add_row(Text(printable(name)), Text(printable(value)))
     return shown
 
 
@@ -61,7 +61,7 @@ def say_next(console: Console, context: typer.Context, out: str | None, written:
         heading = "Next, in the training script:"
         line = f'load_dataset("{_LOADERS[form_of(Path(out)).kind]}", data_files={out!r}, split="train")'
     console.print(heading)
-    console.print(f"  {seen(line)}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"  {printable(line)}", style="bold", markup=False, highlight=False, soft_wrap=True)
 
 
 _LOADERS = {"jsonl": "json", "json": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet", "arrow": "arrow"}
@@ -96,7 +96,7 @@ def name_bad(file: RowFile) -> None:
     console = Console(stderr=True)
 
     def say(text: object) -> None:
-        console.print(seen(str(text)), style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(str(text)), style="red", markup=False, highlight=False, soft_wrap=True)
 
     lines = "1 line" if file.bad_rows == 1 else f"{file.bad_rows:,} lines"
     say(f"{lines} could not be read; not in the mix:")

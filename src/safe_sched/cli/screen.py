@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from safe_sched.data.terminal_text import printable
 from safe_sched.errors import NumericsError, SafeSchedError, UnscoredError
 from safe_sched.generation import Device, Dtype
-from safe_sched.mixing.explain import seen
 
 USAGE, UNSCORED = 2, 3
 """Exit codes: something that was given cannot be used; not all rows could be scored."""
@@ -41,7 +41,7 @@ def exit_code_of(error: SafeSchedError) -> int:
 def say_error(text: str) -> None:
     """Print a text in red on standard error, with its control characters shown."""
     # soft_wrap: paths in a message stay in one piece
-    Console(stderr=True).print(seen(text), style="red", markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(printable(text), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from safe_sched.cli.screen import errors_as_exit_codes
-from safe_sched.mixing.explain import seen
+from safe_sched.data.terminal_text import printable
 
 UNDEFENDED = 3
 """The exit code where something speaks against it."""
@@ -58,7 +58,7 @@ def verify(
         table.add_column(overflow="fold")
         for name, ok, words in verdict.checks:
             sign, style = _SIGNS[ok]
-            table.add_row(Text(sign, style), Text(name), Text(seen(words)))
+            table.add_row(Text(sign, style), Text(name), Text(printable(words)))
         console = Console()
         console.print(table)
         console.print("Defended on every row." if verdict.defended else "Not defended.", highlight=False)

@@ -4,8 +4,7 @@
 """
 
 from safe_sched.data.kinds import KINDS, Kind
-from safe_sched.data.readers import BadRow
-from safe_sched.data.reading import NAMED, OnBad, RowFile, open_rows
+from safe_sched.data.reading import NAMED, BadRow, OnBad, RowFile, open_rows
 from safe_sched.data.writing import RowWriter
 
 __all__ = ["KINDS", "NAMED", "BadRow", "Kind", "OnBad", "RowFile", "RowWriter", "open_rows"]

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from safe_sched.data import RowFile, RowWriter, open_rows
+from safe_sched.data.terminal_text import printable
 from safe_sched.errors import CoverageError, DataError, OptionError, unknown_name
-from safe_sched.mixing.explain import seen
 
 WEIGHT, REASON = "weight", "reason"
 """The columns that are added."""
@@ -221,7 +221,7 @@ def _from_table(table: pa.Table, unscored: Unscored) -> _Judged:
 
 
 def _place(table: pa.Table, row: int) -> str:
-    return seen(table.column("where")[row].as_py()) if "where" in table.column_names else f"row {row}"
+    return printable(table.column("where")[row].as_py()) if "where" in table.column_names else f"row {row}"
 
 
 def _numbers(values: Any, name: str) -> np.ndarray:

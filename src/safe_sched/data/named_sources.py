@@ -71,9 +71,9 @@ def _of(path: str, test: bool) -> list[DataSource]:
 
 
 def _of_yaml(path: Path, test: bool) -> list[DataSource]:
+    from safe_sched.data.trainer_files import read_yaml
     from safe_sched.data.trainer_files.axolotl import axolotl_sources
     from safe_sched.data.trainer_files.llamafactory import NAME, info_sources
-    from safe_sched.data.trainer_files.yaml_files import read_yaml
 
     config = read_yaml(path)
     if "dataset" not in config:

@@ -13,8 +13,8 @@ from typing import Any
 
 from safe_sched.data import BadRow, Kind, RowFile, open_rows
 from safe_sched.data.kinds import PACKED, form_of, is_data, opened
-from safe_sched.data.layouts import Layout
 from safe_sched.data.reading import HUB
+from safe_sched.data.schemas.renamed import RowFormat
 from safe_sched.errors import DataError
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -36,7 +36,7 @@ class DataSource:
     name: str
     target: str
     schema: str | None = None
-    layout: Layout | None = None
+    layout: RowFormat | None = None
     kind: Kind | None = None
     alias: str | None = None
 
@@ -80,7 +80,7 @@ class DataSource:
 def data_sources(
     name: str,
     target: str,
-    layout: Layout | None,
+    layout: RowFormat | None,
     *,
     folders: tuple[Path, ...],
     config: str | None = None,

@@ -1,7 +1,7 @@
-"""JSON as the standard has it, with what Python's reader lets pass refused, and lists of any length.
+"""Strict JSON, and the objects of a JSON list of any length.
 
-Refused beyond what is malformed: a name that stands twice in an object (one of its values would be lost), NaN and
-Infinity, and numbers too large for a double (they would be read as Infinity).
+Refused beyond what is malformed: a duplicate key (one of its values would be lost), NaN and Infinity, and numbers too
+large for a double (they would become Infinity).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StrictDecoder(json.JSONDecoder):
         if len(found) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            self.problem = f"the name {twice[:40]!r} stands twice in one object"
+            self.problem = f"duplicate key {twice[:40]!r}"
         return found
 
     def _constant(self, name: str) -> float:
@@ -84,7 +84,7 @@ class StrictDecoder(json.JSONDecoder):
             >>> StrictDecoder().line('{"a": 1, "a": 2}')
             Traceback (most recent call last):
             ...
-            safe_sched.data.strict_json.Unreadable: the name 'a' stands twice in one object
+            safe_sched.data.strict_json.Unreadable: duplicate key 'a'
         """
         value, end = self.one(text, _space(text, 0))
         if (end := _space(text, end)) != len(text):
@@ -105,6 +105,9 @@ class NotAList(ValueError):
 
 class JsonList:
     """The objects of a JSON list, read piece by piece.
+
+    pyarrow reads no JSON lists, and the reader of datasets takes the whole file into memory; neither knows the line of
+    a value or refuses a duplicate key.
 
     Args:
         stream: Bytes, in UTF-8.

@@ -18,6 +18,9 @@ from safe_sched.errors import DataError
 
 IGNORE_INDEX = -100
 
+COLUMNS = ("input_ids", "labels", "attention_mask")
+"""The columns of a row of tokens. A trainer that finds all of them ignores the row's texts."""
+
 
 class Tokenizer(Protocol):
     """What is needed of a tokenizer; those of transformers have it."""

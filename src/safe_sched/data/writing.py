@@ -1,4 +1,4 @@
-"""Rows into files: whole or not at all."""
+"""Files that appear whole or not at all, and rows written to files of every kind."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -21,37 +21,74 @@ from safe_sched.data.kinds import STDIO, Form, Kind, form_of, packing
 from safe_sched.data.reading import RowFile
 from safe_sched.errors import DataError, OptionError
 
-
-class Sink(Protocol):
-    """What puts rows of one kind into a stream of bytes."""
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Add a row; `ValueError` says why it cannot be."""
-        ...
-
-    def close(self) -> None:
-        """Write what is left, without closing the stream."""
-        ...
-
-    def abort(self) -> None:
-        """Let go of the stream."""
-        ...
+# whole files --------------------------------------------------------------------------------------------------------
 
 
-def _plain(value: Any) -> Any:
-    """What JSON has no name for, but a row from numpy or Arrow may hold."""
-    if isinstance(value, pa.Scalar):
-        return value.as_py()
-    if hasattr(value, "tolist"):  # arrays and scalars of numpy
-        return value.tolist()
-    raise TypeError(f"a {type(value).__name__} has no place in JSON; make a text or a number of it")
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Any]:
+    """A binary file that takes the name ``path`` when the block ends without an error.
+
+    It is written under a temporary name in the same folder, flushed to the disk and renamed, so ``path`` holds the old
+    content or all of the new one, even after a power failure.
+
+    Args:
+        path: The final name; of a link, the file that it points to is replaced.
+
+    Raises:
+        OSError: The file cannot be written; ``path`` is unchanged.
+    """
+    final = Path(os.path.realpath(path))
+    part = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
+    file = open(part, "xb")  # noqa: SIM115 (closing may fail, and must not hide why the block failed)
+    try:
+        yield file
+        file.close()
+        _flush_to_disk(part, os.O_RDWR)  # by name, for a codec may have closed the file
+        os.replace(part, final)
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not every system can flush a folder
+        _flush_to_disk(final.parent, os.O_RDONLY)
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write a file as `replacing` does.
+
+    Raises:
+        OptionError: ``path`` is not a regular file, or cannot be written; it is unchanged.
+    """
+    _require_regular(path)
+    try:
+        with replacing(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _require_regular(path: str | Path) -> None:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OptionError(f"{path} is no regular file, so it cannot be replaced by one; give another name")
+
+
+def _flush_to_disk(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# rows ---------------------------------------------------------------------------------------------------------------
 
 
 def to_json(value: Any) -> bytes:
     """JSON in one line, in UTF-8.
 
     Raises:
-        ValueError: Something in it is no JSON value: NaN, a date, a name that is no text.
+        ValueError: The value has no JSON form: NaN, a date, a key that is not a string.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
@@ -65,22 +102,39 @@ def to_json(value: Any) -> bytes:
         return json.dumps(value, allow_nan=False, default=_plain).encode()
 
 
-class _JsonLines:
+def _plain(value: Any) -> Any:
+    """Values of Arrow and numpy as plain ones."""
+    if isinstance(value, pa.Scalar):
+        return value.as_py()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__} has no place in JSON; make a text or a number of it")
+
+
+class _Sink:
+    """Writes rows of one kind to a binary stream."""
+
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._stream.write(to_json(row) + b"\n")
+        """Add a row; `ValueError` where it cannot be written as it is."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        pass
+        """Write what is left, without closing the stream."""
 
-    abort = close
+    def abort(self) -> None:
+        """Let go of the stream."""
 
 
-class _JsonList:
-    def __init__(self, stream: Any) -> None:
-        self._stream, self._before = stream, b"[\n"
+class _JsonLines(_Sink):
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._stream.write(to_json(row) + b"\n")
+
+
+class _JsonList(_Sink):
+    _before = b"[\n"
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._stream.write(self._before + to_json(row))
@@ -89,15 +143,13 @@ class _JsonList:
     def close(self) -> None:
         self._stream.write(b"[]\n" if self._before == b"[\n" else b"\n]\n")
 
-    def abort(self) -> None:
-        pass
 
-
-class _Csv:
-    """Texts as they are; numbers as JSON has them; None as an empty cell."""
+class _Csv(_Sink):
+    """Texts as they are, numbers as in JSON, None as an empty cell."""
 
     def __init__(self, stream: Any, delimiter: str) -> None:
-        self._stream, self._names = stream, None
+        super().__init__(stream)
+        self._names: list[str] | None = None
         self._text = io.StringIO(newline="")
         self._writer = csv.writer(self._text, delimiter=delimiter, lineterminator="\n")
 
@@ -125,13 +177,8 @@ class _Csv:
             self._text.seek(0)
             self._text.truncate()
 
-    def close(self) -> None:
-        pass
 
-    abort = close
-
-
-def _sink(form: Form, stream: Any, arrow_schema: pa.Schema | None) -> Sink:
+def _sink(form: Form, stream: Any, arrow_schema: pa.Schema | None) -> _Sink | ColumnsSink:
     if form.kind in ("parquet", "arrow"):
         return ColumnsSink(stream, form.kind, arrow_schema)
     if form.kind in ("csv", "tsv"):
@@ -187,15 +234,12 @@ class RowWriter:
         self._schema = arrow_schema
         if self._final is not None:
             self._require_usable(self._final, sources)
-        self._part: Path | None = None
-        self._sink: Sink | None = None
+        self._sink: _Sink | ColumnsSink | None = None
+        self._streams: list[Any] = []  # what rows go to, then what that packs into
         self._open = contextlib.ExitStack()
 
     def _require_usable(self, final: Path, sources: Iterable[str | Path | RowFile]) -> None:
-        if final.exists() and not final.is_file():
-            raise OptionError(
-                f"{self.path} is no regular file, so it cannot be replaced by one; {STDIO!r} is standard output"
-            )
+        _require_regular(self.path)
         if not final.parent.is_dir():
             raise OptionError(f"there is no folder {final.parent} to write {final.name} to; make it first")
         for source in sources:
@@ -205,15 +249,17 @@ class RowWriter:
 
     def __enter__(self) -> Self:
         """Open it."""
-        with self._errors():
+        with self._errors(), contextlib.ExitStack() as stack:
             if self._final is None:
-                stream = sys.stdout.buffer
+                self._streams = [sys.stdout.buffer]
             else:
-                self._part = self._final.with_name(f".{self._final.name}.{secrets.token_hex(4)}.part")
-                stream = self._open.enter_context(open(self._part, "xb"))
+                self._streams = [stack.enter_context(replacing(self._final))]
                 if self._form.codec:
-                    stream = self._open.enter_context(packing(stream, self._form.codec))
-        self._sink = _sink(self._form, stream, self._schema)
+                    self._streams.insert(0, packing(self._streams[0], self._form.codec))
+                    stack.callback(_quietly, self._streams[0].close)
+            self._sink = _sink(self._form, self._streams[0], self._schema)
+            stack.callback(_quietly, self._sink.abort)
+            self._open = stack.pop_all()
         return self
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -231,15 +277,12 @@ class RowWriter:
         sink, self._sink = self._sink, None
         if sink is None:
             return
-        try:
-            with self._errors():
-                sink.close()
-                self._open.close()
-                if self._final is None:
-                    sys.stdout.buffer.flush()
-        finally:
-            with contextlib.suppress(Exception):
-                sink.abort()
+        with self._errors():
+            sink.close()
+            for packed in self._streams[:-1]:
+                packed.close()
+            if not self._streams[-1].closed:
+                self._streams[-1].flush()
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -256,19 +299,14 @@ class RowWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Give it its name, or remove it."""
-        try:
-            if kind is None:
-                self.finish()
-                if self._part is not None and self._final is not None:
-                    with self._errors():
-                        os.replace(self._part, self._final)
-        finally:
-            with contextlib.suppress(Exception):
-                if self._sink is not None:
-                    self._sink.abort()
-            self._sink = None
-            with contextlib.suppress(Exception):
-                self._open.close()
-            if self._part is not None:
-                self._part.unlink(missing_ok=True)
+        """Rename the file, or remove it after an error."""
+        if error is not None:
+            self._open.__exit__(kind, error, traceback)
+            return
+        with self._errors(), self._open:
+            self.finish()
+
+
+def _quietly(close: Callable[[], None]) -> None:
+    with contextlib.suppress(Exception):
+        close()

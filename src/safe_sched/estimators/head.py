@@ -23,7 +23,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -31,9 +30,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from safe_sched.data.writing import replacing
 from safe_sched.errors import DataError, StateError
 from safe_sched.estimators.sgld import normal
 
@@ -230,19 +230,11 @@ class Scorer:
 
     def save(self, path: Path | str) -> None:
         """Write one safetensors file; it appears whole or not at all."""
-        path = Path(path)
         header = {"format": FORMAT, "features": self.features, "rows": self.rows, "head": asdict(self.head)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         tensors = {"phi": self.phi, "mean": self.mean, "variance": self.variance}
-        try:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()},
-                temporary,
-                metadata={"safe_sched_scorer": json.dumps(header, sort_keys=True)},
-            )
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        metadata = {"safe_sched_scorer": json.dumps(header, sort_keys=True)}
+        with replacing(path) as file:
+            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
     @staticmethod
     def load(path: Path | str) -> Scorer:

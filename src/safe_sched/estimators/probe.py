@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from safe_sched.errors import ModelError
+from safe_sched.estimators.moves import moved, scale_to_gain
 from safe_sched.rows.keys import IGNORE_INDEX, Layout, label_positions
-from safe_sched.training.flat_alignment import moved, scale_to_gain
 
 GAIN = 0.5
 """Nats by which a probe raises the refusal margin: small enough to be a derivative, large enough for 16-bit floats."""

@@ -14,6 +14,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from safe_sched.data.writing import replacing
 from safe_sched.errors import DataError
 from safe_sched.rows.index import RowIndex
 
@@ -21,7 +22,7 @@ _COLUMNS = ("key", "nll", "label_tokens")
 
 
 def save_reference(path: Path, keys: Tensor, nll: Tensor, label_tokens: Tensor) -> None:
-    """Write the losses of some rows.
+    """Write the losses of some rows; the file appears whole or not at all.
 
     Args:
         path: Where to.
@@ -30,7 +31,8 @@ def save_reference(path: Path, keys: Tensor, nll: Tensor, label_tokens: Tensor) 
         label_tokens: int64 (rows,).
     """
     columns = (keys.numpy().view(np.uint64), nll.float().numpy(), label_tokens.to(torch.int32).numpy())
-    pyarrow.parquet.write_table(pa.table(dict(zip(_COLUMNS, columns, strict=True))), path)
+    with replacing(path) as file:
+        pyarrow.parquet.write_table(pa.table(dict(zip(_COLUMNS, columns, strict=True))), file)
 
 
 def load_reference(path: Path, index: RowIndex) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from safe_sched.data.rows import core_rows
 from safe_sched.data.schemas import Example, read
+from safe_sched.data.terminal_text import printable
 from safe_sched.mixing.templates import Template
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _CLUSTERS = 10  # that are shown
 _CHARACTERS = 600  # of one text
-_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def explain(found: TaskFormat) -> RenderableType:
@@ -46,7 +45,7 @@ def explain(found: TaskFormat) -> RenderableType:
         table.add_column("template", overflow="fold")
         for part, (place, which) in enumerate(zip(cluster.places, cluster.templates, strict=True)):
             main = cluster.main.slot if part == cluster.main.part else None
-            table.add_row(seen(place), _template(found.templates[place][which], main, cluster.main.wide))
+            table.add_row(printable(place), _template(found.templates[place][which], main, cluster.main.wide))
         table.add_row("answer", _answer(cluster.answer))
         shown.append(table)
     if len(found.clusters) > _CLUSTERS:
@@ -60,19 +59,6 @@ def explain(found: TaskFormat) -> RenderableType:
     return Group(*shown)
 
 
-def seen(text: str) -> str:
-    r"""A text without what a terminal would obey or hide: such characters are written out. Line ends stay.
-
-    Example:
-        >>> print(seen("a\x1b[2Jb"))
-        a\x1b[2Jb
-    """
-    return "".join(
-        one if one == "\n" or unicodedata.category(one) not in _UNSEEN else one.encode("unicode_escape").decode()
-        for one in text
-    )
-
-
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
@@ -80,7 +66,7 @@ def _count(number: int, what: str) -> str:
 def _template(template: Template, main: int | None, wide: bool) -> Text:
     if template.constants == ("",):
         return Text("(empty)", style="dim")
-    text = Text(_cut(seen(template.shown())))
+    text = Text(_cut(printable(template.shown())))
     text.highlight_regex(re.compile(r"\{(?:\d+|option)\}"), "cyan")
     if main is not None:
         text.highlight_regex(re.compile(rf"\{{{main}\}}"), "bold magenta")
@@ -92,15 +78,15 @@ def _template(template: Template, main: int | None, wide: bool) -> Text:
 def _answer(shape: AnswerShape) -> Text:
     text = Text(shape.kind)
     if shape.labels:
-        text.append(": " + _cut(seen(", ".join(shape.labels)), 200))
+        text.append(": " + _cut(printable(", ".join(shape.labels)), 200))
     if shape.keys:
-        text.append(": " + _cut(seen(", ".join(shape.keys)), 200))
+        text.append(": " + _cut(printable(", ".join(shape.keys)), 200))
         if shape.key is not None:
-            text.append(seen(f"; the refusal goes under {json.dumps(shape.key, ensure_ascii=False)}"))
+            text.append(printable(f"; the refusal goes under {json.dumps(shape.key, ensure_ascii=False)}"))
     if shape.final:
-        text.append(seen(f", its final answer behind {json.dumps(shape.final, ensure_ascii=False)}"))
+        text.append(printable(f", its final answer behind {json.dumps(shape.final, ensure_ascii=False)}"))
     if shape.prefix or shape.suffix:
-        text.append(seen(f"\n{_quoted(shape.prefix)} ... {_quoted(shape.suffix)} around it"))
+        text.append(printable(f"\n{_quoted(shape.prefix)} ... {_quoted(shape.suffix)} around it"))
         if shape.wrap("x") == "x":
             text.append("; not around refusals, which would not open as one")
     return text
@@ -137,7 +123,7 @@ def _row(title: str, example: Example) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for part in example.parts:
-        table.add_row(Text(seen(part.field)), Text(_cut(seen(part.text))))
+        table.add_row(Text(printable(part.field)), Text(_cut(printable(part.text))))
     return table
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safe_sched.data.convert import Converter
 from safe_sched.data.rows import read_rows
 from safe_sched.data.schemas import detect, read
+from safe_sched.data.schemas.conversion import Converter
 from safe_sched.errors import DataError
 from safe_sched.mixing.formats import TaskFormat, induce_format
 from safe_sched.mixing.schedule import Schedule, interleave

@@ -9,8 +9,8 @@ from typing import Any
 
 from safe_sched.audit.inputs import Inputs, Rows, Unread, opened_sources
 from safe_sched.audit.rows import AuditRow, audit_row
+from safe_sched.data.terminal_text import printable
 from safe_sched.errors import DataError
-from safe_sched.mixing.explain import seen
 
 LONGEST = 4000
 """Characters of one text."""
@@ -58,8 +58,8 @@ def parts_of(source: Source, wanted: Mapping[int, str], show_text: bool) -> dict
             missing.discard(number)
             if named and row.where != wanted[number]:
                 raise DataError(
-                    f"row {number} is {seen(row.where)}, but was {seen(wanted[number])} in the audit; give the rows "
-                    "that were audited"
+                    f"row {number} is {printable(row.where)}, but was {printable(wanted[number])} in the audit; "
+                    "give the rows that were audited"
                 )
             found[number] = _parts(row, number, budget)
             budget -= sum(len(part["text"] or "") for part in found[number] or ())
@@ -83,7 +83,7 @@ def _parts(row: Any, number: int, budget: int) -> list[Part] | None:
             "role": part.role if part.role in _ROLES else "another role",
             "characters": len(part.text),
             "lines": part.text.count("\n") + 1,
-            "text": seen(part.text[:LONGEST]) if fits else None,
+            "text": printable(part.text[:LONGEST]) if fits else None,
         }
         for part in example.parts[:PARTS]
     ]

@@ -6,7 +6,7 @@ import math
 import shlex
 
 from safe_sched.audit.findings import Summary
-from safe_sched.mixing.explain import seen
+from safe_sched.data.terminal_text import printable
 
 _LONGEST = 400
 
@@ -20,7 +20,7 @@ def safe(text: str | None, at_most: int = _LONGEST) -> str:
     """
     if text is None:
         return ""
-    cut = seen(text[:at_most])
+    cut = printable(text[:at_most])
     return cut if len(text) <= at_most else f"{cut} ... ({len(text) - at_most:,} more characters)"
 
 

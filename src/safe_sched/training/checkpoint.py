@@ -7,14 +7,14 @@ scheduler with its options, and the fingerprint of the training set; a state is 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from safe_sched.data.writing import replacing
 from safe_sched.errors import StateError
 
 FORMAT = 1
@@ -26,20 +26,13 @@ def save_state(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -
     """Write tensors and a header; the file appears whole or not at all.
 
     Args:
-        path: Where to. A temporary file beside it is renamed over it.
+        path: Where to.
         tensors: On the CPU.
         header: Plain JSON values.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            temporary,
-            metadata={"safe_sched": json.dumps({"format": FORMAT, **header}, sort_keys=True)},
-        )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    metadata = {"safe_sched": json.dumps({"format": FORMAT, **header}, sort_keys=True)}
+    with replacing(path) as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from safe_sched.errors import OptionError, StateError, unknown_name
-from safe_sched.needs import Need
+from safe_sched.needs import NLL, Need
 from safe_sched.rows.index import RowIndex
 from safe_sched.rows.keys import IGNORE_INDEX, batch_fields, keys_of
 from safe_sched.rows.nll import label_counts
@@ -399,7 +399,9 @@ def measurements_for(scheduler: Scheduler[Any]) -> list[Measurement[Any]]:
     # here, so that a scheduler without needs loads no plugin
     from safe_sched.hooks import measurements
 
-    known = measurements() if found.keys() - {"nll"} else {"nll": NLLMeasurement}
+    known: dict[str, type[Measurement[Any]]] = {NLL.name: NLLMeasurement}
+    if found.keys() - known.keys():
+        known |= measurements()
     for name in found:
         if name not in known:
             raise OptionError(

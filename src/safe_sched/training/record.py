@@ -13,7 +13,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import os
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 import safe_sched
-from safe_sched.data.whole import write_file
+from safe_sched.data.writing import replacing
 from safe_sched.errors import DataError, StateError
 from safe_sched.training.checkpoint import MANIFEST_FILE, STATE_FILE, header_of
 
@@ -220,7 +219,8 @@ def _written(path: Path, data: bytes) -> None:
     """Write a file that is there as a whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, data, path.with_name(f".{path.name}.{os.getpid()}.part"))
+        with replacing(path) as file:
+            file.write(data)
     except OSError as error:
         raise StateError(
             f"{path} cannot be written ({error.strerror or error}), so nothing would show that this run is defended. "

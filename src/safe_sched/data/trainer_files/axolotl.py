@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from safe_sched.data import Kind
-from safe_sched.data.layouts import ROLES, Columns, Layout, Segments, Turns, Untokenised
+from safe_sched.data.schemas.renamed import RenamedColumns, RenamedTurns, RowFormat, Segments, Untokenised
+from safe_sched.data.schemas.texts import ROLES
 from safe_sched.data.sources import DataSource, data_sources, matching
+from safe_sched.data.trainer_files import mapping, require_known, text, texts
 from safe_sched.errors import DataError
 
 _ALPACA = {"instruction": "instruction", "input": "input", "output": "output"}
 _ORCA = {"instruction": "question", "output": "response", "system": "system_prompt"}
 
 
-def _alpaca(names: Mapping[str, str]) -> Layout:
-    return Columns("alpaca", names)
+def _alpaca(names: Mapping[str, str]) -> RowFormat:
+    return RenamedColumns("alpaca", names)
 
 
-TYPES: Mapping[str, Layout] = {
+TYPES: Mapping[str, RowFormat] = {
     **dict.fromkeys(
         (
             "alpaca",
@@ -52,7 +54,7 @@ TYPES: Mapping[str, Layout] = {
     "context_qa": _alpaca({"instruction": "article", "input": "question", "output": "answer"}),
     "context_qa.load_v2": _alpaca({"instruction": "context", "input": "question", "output": "answer"}),
     "input_output": Segments(),
-    "pygmalion": Turns("conversations", ("role",), ("value",)),
+    "pygmalion": RenamedTurns("conversations", ("role",), ("value",)),
 }
 """Types whose columns have fixed names. ``chat_template``, ``sharegpt``, ``completion`` and types that are a mapping
 say the names of theirs."""
@@ -101,32 +103,32 @@ def axolotl_sources(path: Path, config: Mapping[Any, Any], *, test: bool = False
             if not isinstance(entry, Mapping):
                 raise DataError(f"{name} is a {type(entry).__name__}; needed: a mapping with path and type")
             if key == "pretraining_dataset":
-                column = _text(entry, "text_column", name) or "text"
-                layout: Layout | None = Untokenised(Columns("text", {"text": column}))
+                column = text(entry, "text_column", name) or "text"
+                rows: RowFormat | None = RenamedColumns("text", {"text": column})
             else:
-                layout = _layout(entry, name)
-            found += _files(entry, layout, path.parent, name)
+                rows = row_format(entry, name)
+            found += _files(entry, rows and Untokenised(rows), path.parent, name)
     if not found:
         raise DataError(f"{path}: it names no data sets; needed: datasets, a list of mappings with path and type")
     return found
 
 
-def _files(entry: Mapping[Any, Any], layout: Layout | None, folder: Path, name: str) -> list[DataSource]:
-    _require_known(entry, _READ, name)
+def _files(entry: Mapping[Any, Any], rows: RowFormat | None, folder: Path, name: str) -> list[DataSource]:
+    require_known(entry, _READ, name)
     for key in ("revision", "shards", "shards_idx", "input_transform", "skip"):
         if entry.get(key):
             raise DataError(f"{name}: {key} picks or changes rows in a way that is not followed; audit those rows")
-    split = _text(entry, "split", name)
+    split = text(entry, "split", name)
     if split is not None and not split.replace("_", "").replace("-", "").isalnum():
         raise DataError(f"{name}: the split {split[:60]!r} takes a part of the rows; audit a file with that part")
-    told = _text(entry, "ds_type", name)
+    told = text(entry, "ds_type", name)
     if told is not None and told not in _LOADERS:
         raise DataError(f"{name}: unknown ds_type {told[:60]!r}; allowed: {', '.join(map(repr, _LOADERS))}")
-    target = _text(entry, "path", name)
+    target = text(entry, "path", name)
     if target is None:
         raise DataError(f"{name}: it has no path; needed: a file, a folder, or owner/name on the hub")
     folders = (Path(), folder)
-    files = _texts(entry, "data_files", name)
+    files = texts(entry, "data_files", name)
     kind = None if told is None else _LOADERS[told]
     if files:
         if target not in _LOADERS and not any(os.path.isdir(one / target) for one in folders):
@@ -139,24 +141,36 @@ def _files(entry: Mapping[Any, Any], layout: Layout | None, folder: Path, name: 
     return [
         source
         for one in targets
-        for config in _texts(entry, "name", name) or [None]
-        for source in data_sources(name, one, layout, folders=folders, config=config, split=split, kind=kind)
+        for config in texts(entry, "name", name) or [None]
+        for source in data_sources(name, one, rows, folders=folders, config=config, split=split, kind=kind)
     ]
 
 
-def _layout(entry: Mapping[Any, Any], name: str) -> Layout | None:
+def row_format(entry: Mapping[Any, Any], name: str) -> RowFormat | None:
+    """How the rows of a data set are laid out, by its ``type``.
+
+    Args:
+        entry: The data set, as the YAML describes it.
+        name: What it is called in messages.
+
+    Returns:
+        None without a type: rows of tokens, or of a schema of their own.
+
+    Raises:
+        DataError: The type is unknown, or a key has a value of another type.
+    """
     kind = entry.get("type")
-    if kind is None:  # rows of tokens; or the YAML of another trainer, whose rows have a schema of their own
+    if kind is None:
         return None
     if isinstance(kind, Mapping):
-        return Untokenised(_own(kind, name))
+        return _own(kind, name)
     if not isinstance(kind, str):
         raise DataError(f"{name}: type is a {type(kind).__name__}; needed: a text or a mapping")
     base = kind.partition(":")[0]  # behind it stands a style of prompts
     if base in ("chat_template", "sharegpt") or base.startswith("sharegpt."):
-        return Untokenised(_turns(entry, name, base))
+        return _turns(entry, name, base)
     if base == "completion":
-        return Untokenised(Columns("text", {"text": _text(entry, "field", name) or "text"}))
+        return RenamedColumns("text", {"text": text(entry, "field", name) or "text"})
     if base not in TYPES:
         allowed = ["chat_template", "sharegpt", "completion", *TYPES]
         near = difflib.get_close_matches(base, allowed, n=1)
@@ -165,72 +179,45 @@ def _layout(entry: Mapping[Any, Any], name: str) -> Layout | None:
             f"{name}: unknown type {base[:60]!r}{hint}; allowed: {', '.join(map(repr, allowed))}, or a mapping with "
             "field_instruction and field_output"
         )
-    return Untokenised(TYPES[base])
+    return TYPES[base]
 
 
-def _own(kind: Mapping[Any, Any], name: str) -> Layout:
-    _require_known(kind, _OWN, f"{name}, type")
+def _own(kind: Mapping[Any, Any], name: str) -> RowFormat:
+    require_known(kind, _OWN, f"{name}, type")
     names = {
-        column: _text(kind, f"field_{column}", name) or column
-        for column in ("system", "instruction", "input", "output")
+        column: text(kind, f"field_{column}", name) or column for column in ("system", "instruction", "input", "output")
     }
-    constant = _text(kind, "system_prompt", name)
-    return Columns("alpaca", names, {"output": ""} | ({"system": constant} if constant else {}))
+    constant = text(kind, "system_prompt", name)
+    return RenamedColumns("alpaca", names, {"output": ""} | ({"system": constant} if constant else {}))
 
 
-def _turns(entry: Mapping[Any, Any], name: str, base: str) -> Layout:
+def _turns(entry: Mapping[Any, Any], name: str, base: str) -> RowFormat:
     old = base != "chat_template"
-    told = entry.get("message_property_mappings") or {}
-    if not isinstance(told, Mapping):
-        raise DataError(f"{name}: message_property_mappings is a {type(told).__name__}; needed: a mapping")
+    told = mapping(entry, "message_property_mappings", name)
 
     def called(what: str, otherwise: tuple[str, ...]) -> tuple[str, ...]:
-        found = {_text(told, what, name), _text(entry, f"message_field_{what}", name)} - {None}
+        found = {text(told, what, name), text(entry, f"message_field_{what}", name)} - {None}
         if len(found) > 1:
             raise DataError(f"{name}: message_field_{what} and message_property_mappings differ; leave one out")
         return (*(one for one in found if one is not None),) or otherwise
 
-    return Turns(
-        _text(entry, "field_messages", name) or ("conversations" if old else "messages"),
+    return RenamedTurns(
+        text(entry, "field_messages", name) or ("conversations" if old else "messages"),
         called("role", ("from", "role") if old else ("role",)),
         called("content", ("value", "content") if old else ("content",)),
         _roles(entry, name),
-        _text(entry, "field_system", name) or "system",
+        text(entry, "field_system", name) or "system",
         bool(entry.get("drop_system_message")),
     )
 
 
 def _roles(entry: Mapping[Any, Any], name: str) -> dict[str, str]:
-    """What the YAML calls the roles; its list replaces the names that are otherwise known."""
-    told = entry.get("roles")
-    roles = dict(ROLES) if not told else {}
-    if told:
-        if not isinstance(told, Mapping):
-            raise DataError(f"{name}: roles is a {type(told).__name__}; needed: a mapping of roles to lists of names")
-        roles |= {own: str(role) for role in told for own in _texts(told, role, name)}
+    """What the rows call the roles; a list in the YAML replaces the usual names."""
+    if told := mapping(entry, "roles", name):
+        roles = {own: str(role) for role in told for own in texts(told, role, name)}
+    else:
+        roles = {**{role: role for role in ROLES.values()}, **ROLES}  # written under their own names
     for key, role in (("field_human", "user"), ("field_model", "assistant")):
-        if (own := _text(entry, key, name)) is not None:
+        if (own := text(entry, key, name)) is not None:
             roles[own] = role
     return roles
-
-
-def _text(entry: Mapping[Any, Any], key: str, name: str) -> str | None:
-    value = entry.get(key)
-    if value is None or isinstance(value, str):
-        return value or None
-    raise DataError(f"{name}: {key} is a {type(value).__name__}; needed: a text")
-
-
-def _texts(entry: Mapping[Any, Any], key: Any, name: str) -> list[str]:
-    value = entry.get(key)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(one, str) for one in values):
-        raise DataError(f"{name}: {str(key)[:60]} is no text, nor a list of texts")
-    return values
-
-
-def _require_known(entry: Mapping[Any, Any], known: set[str], name: str) -> None:
-    """Stop where a key looks like one that is read: it would do nothing. Other keys are about training."""
-    for key in entry:
-        if str(key) not in known and (near := difflib.get_close_matches(str(key)[:60], known, n=1, cutoff=0.9)):
-            raise DataError(f"{name}: unknown key {str(key)[:60]!r}; did you mean {near[0]!r}?")

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from safe_sched.data.kinds import MAX_ROW
-from safe_sched.data.layouts import Columns, History, Layout, Turns
 from safe_sched.data.reading import HUB
+from safe_sched.data.schemas.renamed import PromptHistory, RenamedColumns, RenamedTurns, RowFormat
 from safe_sched.data.sources import DataSource, data_sources, there
 from safe_sched.data.strict_json import StrictDecoder, Unreadable
+from safe_sched.data.trainer_files import mapping, text
 from safe_sched.errors import DataError, unknown_name
 
 NAME = "dataset_info.json"
@@ -98,38 +99,38 @@ def info_sources(path: Path, names: Sequence[str] | None = None) -> list[DataSou
 
 def _entry(entry: Mapping[str, Any], folder: Path, shown: str) -> list[DataSource]:
     layout = _layout(entry, shown)
-    split = _text(entry, "split", shown)
-    if (hub := _text(entry, "hf_hub_url", shown)) is not None:
+    split = text(entry, "split", shown)
+    if (hub := text(entry, "hf_hub_url", shown)) is not None:
         for key in ("folder", "revision"):
             if entry.get(key):
                 raise DataError(f"{shown}: {key} picks files of a hub data set; get them, and give their folder")
-        subset = _text(entry, "subset", shown)
+        subset = text(entry, "subset", shown)
         target = f"{HUB}{hub}" + (f"/{subset}" if subset else "") + (f":{split}" if split else "")
         return data_sources(shown, target, layout, folders=())
     for key, why in _ELSEWHERE.items():
         if key in entry:
             raise DataError(f"{shown} {why}; get its files, and give their folder")
-    if (file := _text(entry, "file_name", shown)) is None:
+    if (file := text(entry, "file_name", shown)) is None:
         raise DataError(f"{shown} has neither file_name nor hf_hub_url; one of them says where the rows are")
     if not there(folder / file):  # never a hub data set of that name
         raise DataError(f"{shown}: no file or folder {folder / file[:200]}")
     return data_sources(shown, str(file), layout, folders=(folder,), split=split)
 
 
-def _layout(entry: Mapping[str, Any], shown: str) -> Layout:
-    columns, tags = _object(entry, "columns", shown), _object(entry, "tags", shown)
-    if entry.get("ranking") or (columns or {}).get("kto_tag"):
+def _layout(entry: Mapping[str, Any], shown: str) -> RowFormat:
+    columns, tags = mapping(entry, "columns", shown), mapping(entry, "tags", shown)
+    if entry.get("ranking") or columns.get("kto_tag"):
         raise DataError(f"{shown}: preference data is not audited, only the rows of supervised fine-tuning")
-    form = _text(entry, "formatting", shown) or "alpaca"
-    told = {name: _text(columns or {}, name, shown) for name in (*_ALPACA, "history", "messages", "system")}
+    form = text(entry, "formatting", shown) or "alpaca"
+    told = {name: text(columns, name, shown) for name in (*_ALPACA, "history", "messages", "system")}
     if form == "alpaca":
         return _alpaca(told if columns else {**told, **_ALPACA}, shown)
     if form not in ("sharegpt", "openai"):
         raise unknown_name(f"formatting in {shown}", form[:60], ("alpaca", "sharegpt", "openai"))
-    named = {tag: _text(tags or {}, tag, shown) or usual for tag, usual in _TAGS.items()}
+    named = {tag: text(tags, tag, shown) or usual for tag, usual in _TAGS.items()}
     if columns and told["messages"] is None:
         raise DataError(f"{shown}: columns has no messages, which names the list of turns")
-    return Turns(
+    return RenamedTurns(
         told["messages"] or "conversations",
         (named["role_tag"],),
         (named["content_tag"],),
@@ -138,29 +139,15 @@ def _layout(entry: Mapping[str, Any], shown: str) -> Layout:
     )
 
 
-def _alpaca(told: Mapping[str, str | None], shown: str) -> Layout:
+def _alpaca(told: Mapping[str, str | None], shown: str) -> RowFormat:
     prompt, query, response = told["prompt"], told["query"], told["response"]
     if prompt is None:
         raise DataError(f"{shown}: columns has no prompt, which names the column of the questions")
     if response is None:
         if query or told["history"]:
             raise DataError(f"{shown}: columns has no response, which names the column of the answers")
-        return Columns("text", {"text": prompt})
+        return RenamedColumns("text", {"text": prompt})
     if told["history"]:
-        return History(prompt, query, response, told["history"], told["system"])
+        return PromptHistory(prompt, query, response, told["history"], told["system"])
     names = {"system": told["system"], "instruction": prompt, "input": query, "output": response}
-    return Columns("alpaca", {name: own for name, own in names.items() if own})
-
-
-def _object(entry: Mapping[str, Any], key: str, shown: str) -> Mapping[str, Any] | None:
-    value = entry.get(key)
-    if value is None or isinstance(value, Mapping):
-        return value
-    raise DataError(f"{shown}: {key} is a {type(value).__name__}; needed: an object")
-
-
-def _text(entry: Mapping[str, Any], key: str, shown: str) -> str | None:
-    value = entry.get(key)
-    if value is None or isinstance(value, str):
-        return value or None
-    raise DataError(f"{shown}: {key} is a {type(value).__name__}; needed: a text")
+    return RenamedColumns("alpaca", {name: own for name, own in names.items() if own})

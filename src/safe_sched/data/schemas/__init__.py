@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from safe_sched.data import tokens
-from safe_sched.data.places import Finder, at, both, field_of, in_columns, in_turns, is_list, place_of, plain, put
+from safe_sched.data.schemas.texts import Place, at, column_places, field_of, is_list, place_of, plain, put, turn_places
 from safe_sched.errors import DataError, unknown_name
 
 LOOKED_AT = 100
@@ -93,27 +93,34 @@ class Example:
 
 @dataclass(frozen=True)
 class Schema:
-    """How the rows of one schema are laid out.
+    """What the rows of one schema look like.
 
     Attributes:
         name: Its name in `SCHEMAS`.
-        columns: The columns that belong to it, needed and optional ones.
         layout: What a row looks like, in words.
-        fits: Whether a row's columns are those of the schema; their contents are looked at when it is read.
-        places: Role and place of every text of a row; none in schema ``"tokens"``, which is read with a tokenizer.
+        fits: Whether a row has the columns of the schema; their contents are checked when the row is read.
+        texts: Columns that are texts and the roles of these, in reading order.
+        turns: Columns that are lists of turns.
+        tokens: Columns of a row of tokens.
     """
 
     name: str
-    columns: tuple[str, ...]
     layout: str
     fits: Callable[[Mapping[str, Any]], bool]
-    places: Finder
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    turns: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that belong to it, required and optional ones."""
+        return (*self.texts, *self.turns, *self.tokens)
 
 
 # the catalogue ------------------------------------------------------------------------------------------------------
 
 
-def _there(row: Mapping[str, Any], *columns: str) -> bool:
+def _has(row: Mapping[str, Any], *columns: str) -> bool:
     return all(plain(row.get(column)) is not None for column in columns)
 
 
@@ -123,58 +130,41 @@ SCHEMAS: Mapping[str, Schema] = MappingProxyType(
         for schema in (
             Schema(
                 "messages",
-                ("messages",),
                 "messages (a list of turns with role and content)",
-                lambda row: _there(row, "messages"),
-                in_turns("messages"),
+                lambda row: _has(row, "messages"),
+                turns=("messages",),
             ),
             Schema(
                 "prompt_completion",
-                ("prompt", "completion"),
                 "prompt and completion (texts)",
                 lambda row: isinstance(plain(row.get("prompt")), str) and "completion" in row,
-                in_columns(("prompt", "user"), ("completion", "assistant"), needed=("prompt", "completion")),
+                texts={"prompt": "user", "completion": "assistant"},
             ),
             Schema(
                 "conversational",
-                ("prompt", "completion"),
                 "prompt and completion (lists of turns)",
-                lambda row: is_list(row.get("prompt")) and _there(row, "completion"),
-                in_turns("prompt", "completion"),
+                lambda row: is_list(row.get("prompt")) and _has(row, "completion"),
+                turns=("prompt", "completion"),
             ),
             Schema(
                 "alpaca",
-                ("instruction", "output", "input", "system"),
                 "instruction and output (texts; input and system may be there)",
-                lambda row: _there(row, "instruction") and "output" in row,
-                in_columns(
-                    ("system", "system"),
-                    ("instruction", "user"),
-                    ("input", "user"),
-                    ("output", "assistant"),
-                    needed=("instruction", "output"),
-                ),
+                lambda row: _has(row, "instruction") and "output" in row,
+                texts={"system": "system", "instruction": "user", "input": "user", "output": "assistant"},
             ),
             Schema(
                 "sharegpt",
-                ("conversations", "system"),
                 "conversations (a list of turns with from and value; system may be there)",
-                lambda row: _there(row, "conversations"),
-                both(in_columns(("system", "system")), in_turns("conversations")),
+                lambda row: _has(row, "conversations"),
+                texts={"system": "system"},
+                turns=("conversations",),
             ),
-            Schema(
-                "text",
-                ("text",),
-                "text",
-                lambda row: _there(row, "text"),
-                in_columns(("text", "text"), needed=("text",)),
-            ),
+            Schema("text", "text", lambda row: _has(row, "text"), texts={"text": "text"}),
             Schema(
                 "tokens",
-                ("input_ids", "labels", "attention_mask"),
                 "input_ids and labels",
-                lambda row: _there(row, "input_ids"),
-                in_columns(),
+                lambda row: _has(row, "input_ids"),
+                tokens=tokens.COLUMNS,
             ),
         )
     }
@@ -280,11 +270,17 @@ def read(row: Mapping[str, Any], schema: str | None = None, *, tokenizer: Any = 
         parts = [Part(*found) for found in tokens.spans(row, tokenizer)]
     else:
         try:
-            parts = [Part(role, at(row, place), field_of(place)) for role, place in layout.places(row)]
+            parts = [Part(role, at(row, place), field_of(place)) for role, place in _places(row, layout)]
         except DataError as error:
             raise DataError(f"a row does not fit schema {layout.name!r}: {error}") from error
     answers = [number for number, part in enumerate(parts) if part.role == "assistant"]
     return Example(layout.name, tuple(parts), row, answers[-1] if answers else None, tokenizer)
+
+
+def _places(row: Mapping[str, Any], schema: Schema) -> Iterator[tuple[str, Place]]:
+    yield from column_places(row, schema.texts)
+    for column in schema.turns:
+        yield from turn_places(row, column)
 
 
 def write(example: Example, *, extras: bool = True) -> dict[str, Any]:

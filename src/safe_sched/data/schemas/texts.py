@@ -1,8 +1,8 @@
-"""Where the texts of a row stand, in columns and in turns, and how one is put in the place of another."""
+"""Where the texts of a row are, in columns and in turns, and how another text is put in the place of one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,16 @@ import pyarrow as pa
 
 from safe_sched.errors import DataError
 
-_ROLES = {"human": "user", "gpt": "assistant"}
-_TURN_KEYS = (("role", "content"), ("from", "value"))
-_CALLS = ("tool_calls", "function_call")  # what a turn may hold in the place of a text
+ROLES: Mapping[str, str] = {"human": "user", "gpt": "assistant"}
+"""Other names of the roles."""
+
+TURN_KEYS = (("role", "content"), ("from", "value"))
+"""What a turn calls its role and its text."""
+
+_CALLS = ("tool_calls", "function_call")  # what a turn may hold instead of a text
 
 Place = tuple[str | int, ...]
 """The keys that lead from a row to a text of it."""
-
-Finder = Callable[[Mapping[str, Any]], Sequence[tuple[str, Place]]]
-"""Role and place of every text of a row, in reading order; `DataError` where something else stands in one."""
 
 # values -------------------------------------------------------------------------------------------------------------
 
@@ -29,19 +30,19 @@ def plain(value: Any) -> Any:
 
 
 def is_list(value: Any) -> bool:
-    """Whether something is a list, a tuple or an array."""
+    """Whether a value is a list, a tuple or an array."""
     return isinstance(plain(value), list | tuple | np.ndarray)
 
 
 def at(value: Any, place: Place) -> Any:
-    """What stands in a place."""
+    """The value in a place."""
     for key in place:
         value = plain(value)[key]
     return plain(value)
 
 
 def put(value: Any, place: Place, text: str) -> Any:
-    """A copy with another text in one place; what is not on the way there is not copied."""
+    """A copy with another text in one place; only what leads there is copied."""
     if not place:
         return text
     value, key = plain(value), place[0]
@@ -54,7 +55,7 @@ def put(value: Any, place: Place, text: str) -> Any:
 
 
 def field_of(place: Place) -> str:
-    """A place in words, such as ``messages.2.content``."""
+    """A place as one string, such as ``messages.2.content``."""
     return ".".join(map(str, place))
 
 
@@ -66,33 +67,30 @@ def place_of(field: str) -> Place:
 # places -------------------------------------------------------------------------------------------------------------
 
 
-def in_columns(*roles: tuple[str, str], needed: Sequence[str] = ()) -> Finder:
-    """Texts that are columns, each with its role; None is no text."""
+def column_places(row: Mapping[str, Any], roles: Mapping[str, str]) -> Iterator[tuple[str, Place]]:
+    """Role and place of the texts that are columns; None counts as absent.
 
-    def places(row: Mapping[str, Any]) -> Sequence[tuple[str, Place]]:
-        for column in needed:
-            if column not in row:
-                raise DataError(f"there is no column {column!r}; needed: a text")
-        found = [(role, (column,)) for column, role in roles if plain(row.get(column)) is not None]
-        for _, place in found:
-            if not isinstance(value := at(row, place), str):
-                raise DataError(f"{field_of(place)} is a {type(value).__name__}; needed: a text")
-        return found
+    Args:
+        row: A row.
+        roles: Columns and the roles of their texts, in reading order.
 
-    return places
-
-
-def in_turns(*columns: str) -> Finder:
-    """Texts of turns, in columns that are lists of them."""
-    return lambda row: [found for column in columns for found in _turns(column, row)]
+    Raises:
+        DataError: A column is not a text.
+    """
+    for column, role in roles.items():
+        if (value := plain(row.get(column))) is None:
+            continue
+        if not isinstance(value, str):
+            raise DataError(f"{column} is a {type(value).__name__}; needed: a text")
+        yield role, (column,)
 
 
-def both(first: Finder, second: Finder) -> Finder:
-    """The places of one finder, then those of another."""
-    return lambda row: [*first(row), *second(row)]
+def turn_places(row: Mapping[str, Any], column: str) -> Iterator[tuple[str, Place]]:
+    """Role and place of the texts of a list of turns.
 
-
-def _turns(column: str, row: Mapping[str, Any]) -> Iterator[tuple[str, Place]]:
+    Raises:
+        DataError: The column is not a list of turns, or a turn has neither a text nor a call.
+    """
     turns = plain(row[column])
     if not is_list(turns):
         raise DataError(f"{column} is a {type(turns).__name__}; needed: a list of turns, each with role and content")
@@ -100,18 +98,18 @@ def _turns(column: str, row: Mapping[str, Any]) -> Iterator[tuple[str, Place]]:
         turn, place = plain(turn), (column, number)
         if not isinstance(turn, Mapping):
             raise DataError(f"{field_of(place)} is a {type(turn).__name__}; needed: a turn with role and content")
-        who, what = next((keys for keys in _TURN_KEYS if turn.get(keys[0]) is not None), _TURN_KEYS[0])
+        who, what = next((keys for keys in TURN_KEYS if turn.get(keys[0]) is not None), TURN_KEYS[0])
         role = plain(turn.get(who))
         if not isinstance(role, str):
             raise DataError(
                 f"{field_of(place)} has the fields {sorted(map(str, turn))}; needed: role and content (or from, value)"
             )
-        role = _ROLES.get(role, role)
+        role = ROLES.get(role, role)
         content = plain(turn.get(what))
         if isinstance(content, str):
             yield role, (*place, what)
         elif is_list(content):
-            yield from ((role, inner) for inner in _pieces(content, (*place, what)))
+            yield from ((role, inner) for inner in _piece_places(content, (*place, what)))
         elif content is not None:
             raise DataError(
                 f"{field_of((*place, what))} is a {type(content).__name__}; needed: a text or a list of parts"
@@ -120,15 +118,15 @@ def _turns(column: str, row: Mapping[str, Any]) -> Iterator[tuple[str, Place]]:
             raise DataError(f"{field_of(place)} has the fields {sorted(map(str, turn))}, but no {what!r}")
 
 
-def _pieces(content: Any, place: Place) -> Iterator[Place]:
-    """The texts of a content that is a list of typed parts; images and the like are none."""
+def _piece_places(content: Any, place: Place) -> Iterator[Place]:
+    """The texts of a content that is a list of typed parts; images and the like have none."""
     for number, piece in enumerate(content):
-        piece = plain(piece)
+        piece, here = plain(piece), (*place, number)
         if isinstance(piece, str):
-            yield (*place, number)
+            yield here
         elif not isinstance(piece, Mapping):
-            raise DataError(f"{field_of((*place, number))} is a {type(piece).__name__}; needed: a text or a typed part")
+            raise DataError(f"{field_of(here)} is a {type(piece).__name__}; needed: a text or a typed part")
         elif isinstance(text := plain(piece.get("text")), str):
-            yield (*place, number, "text")
+            yield (*here, "text")
         elif text is not None or piece.get("type") == "text":
-            raise DataError(f"{field_of((*place, number))}.text is a {type(text).__name__}; needed: a text")
+            raise DataError(f"{field_of(here)}.text is a {type(text).__name__}; needed: a text")
