@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safe_sched.errors import CoverageError, DataError
 from safe_sched.rows.index import RowIndex
-from safe_sched.schedulers import BDS, Fixed, NeuralBDS
+from safe_sched.schedulers import BDS, BDSReleased, Fixed, NeuralBDS
 from safe_sched.training.sampling import Draws, Items
 from safe_sched.training.session import Session
 from tests.core.batches import pad, row
@@ -74,10 +74,10 @@ def train(session: Session, plan: Plan, rank: int | None, steps: int = 3) -> dic
         micros = [pad([ROWS[number] for number in rows] or [row(9, prompt=1)]) for rows in mine]
         for batch, rows in zip(session.begin_step(micros), mine, strict=True):
             nll = loss_of(rows, step) if rows else torch.zeros(1)
-            if getattr(session.scheduler, "evidence", None):
-                session.learn(batch.slots, nll / 3)
+            if "probe" in session.needs():
+                session.learn("probe", batch.slots, nll / 3)
             features = torch.stack([nll, nll.square()], 1)
-            expected = session.weigh(batch, nll, mean_tokens=3.0, features=features)
+            expected = session.weigh(batch, {"nll": nll, "hidden_state": features}, mean_tokens=3.0)
             assert torch.equal(expected, batch.factors)
             session.mark_gated(batch)
         session.end_step()
@@ -86,8 +86,8 @@ def train(session: Session, plan: Plan, rank: int | None, steps: int = 3) -> dic
 
 SCHEDULERS: dict[str, Callable[[], Any]] = {
     "fixed": lambda: Fixed([0.1 * i for i in range(len(ROWS))]),
-    "released": lambda: BDS(compat="released", learning_rate=0.1),
-    "probe": lambda: BDS(burn_in=1, draws=4, chains=1),
+    "released": lambda: BDSReleased(learning_rate=0.1),
+    "probe": lambda: BDS(draws=4),
     "neural": NeuralBDS,
 }
 

@@ -31,8 +31,8 @@ E             ``log_odds``                nats
 x             score                       1, see `safe_sched.estimators.calibration`
 ============  ==========================  ==================
 
-Cost: nothing for a step without new scores; otherwise some 50 updates of the rows that were scored, all at once. 12 bytes
-per row; no pass over all rows, and no pass of the model but the probe's, see `docs/methods/bds.md`.
+Cost: nothing for a step without new scores; otherwise some 50 updates of the rows that were scored, all at once.
+12 bytes per row; no pass over all rows, and no pass of the model but the probe's, see `docs/methods/bds.md`.
 """
 
 from __future__ import annotations
@@ -312,6 +312,8 @@ class BDS(Scheduler[BDSState]):
         if need == "reference_loss":
             state.reference[slots] = values
             return {}
+        if need != Probe.name:
+            return super().learn(state, need, slots, values)
         return self._take(state, slots, values)
 
     def _take(self, state: BDSState, slots: Tensor, scores: Tensor) -> dict[str, float]:
