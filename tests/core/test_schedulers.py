@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from typing import Any
 
@@ -20,7 +19,7 @@ from safe_sched.scheduler import Observation, Scheduler
 from safe_sched.schedulers import BDS, CATALOG, Antibody, BDSReleased, Fixed, build
 from safe_sched.training.session import Session
 from tests.core.batches import laws, pad, row
-from tests.core.runs import DISTINCT, DUPLICATED, advance, over_duplicates, prepare, run, same, steps_of
+from tests.core.runs import DISTINCT, DUPLICATED, over_duplicates, run, same, steps_of
 
 GIVEN = {40: 0.5, 10: 2.0, 30: 0.0, 20: 1.0, 60: 3.0, 50: 0.25}
 
@@ -65,27 +64,6 @@ def test_every_method_of_the_catalogue_is_put_to_the_laws():
 
 @over_the_catalogue
 @over_duplicates
-def test_weights_are_float32_on_the_cpu_finite_and_not_negative(name, options, keys):
-    scheduler, index = build(name, **options), RowIndex(torch.tensor(keys))
-    state = scheduler.init(index)
-    for step in steps_of(index, keys, 5):
-        prepare(scheduler, state, step)
-        for weights, size in (
-            (scheduler.weights(state, step), step.slots.numel()),
-            (scheduler.slot_weights(state), index.slots),
-        ):
-            assert weights.shape == (size,)
-            assert weights.dtype == torch.float32
-            assert weights.device.type == "cpu"
-            assert not weights.requires_grad
-            assert torch.isfinite(weights).all()
-            assert (weights >= 0).all()
-        metrics = advance(scheduler, state, step)
-        assert all(isinstance(v, float) and math.isfinite(v) for v in metrics.values())
-
-
-@over_the_catalogue
-@over_duplicates
 def test_the_weight_of_a_row_is_the_weight_of_its_slot(name, options, keys):
     scheduler, index = build(name, **options), RowIndex(torch.tensor(keys))
     steps = steps_of(index, keys, 4)
@@ -99,26 +77,8 @@ def test_the_weight_of_a_row_is_the_weight_of_its_slot(name, options, keys):
 
 
 @over_the_catalogue
-def test_asking_for_weights_changes_nothing(name, options):
-    scheduler, index = build(name, **options), RowIndex(torch.tensor(DUPLICATED))
-    steps = steps_of(index, DUPLICATED, 4)
-    state, untouched = run(scheduler, index, steps), run(scheduler, index, steps)
-    scheduler.weights(state, steps[0])
-    scheduler.slot_weights(state)
-    assert same(state, untouched)
-
-
-@over_the_catalogue
-@over_duplicates
-def test_the_same_run_twice_gives_the_same_state(name, options, keys):
-    index = RowIndex(torch.tensor(keys))
-    steps = steps_of(index, keys, 6)
-    assert same(run(build(name, **options), index, steps), run(build(name, **options), index, steps))
-
-
-@over_the_catalogue
 def test_another_run_gives_another_state(name, options):
-    """Control for the law above: a method that learns anything tells two runs apart."""
+    """Control for `safe_sched.testing`: a method that learns anything tells two runs apart."""
     index = RowIndex(torch.tensor(DISTINCT))
     first = run(build(name, **options), index, steps_of(index, DISTINCT, 6, seed=0))
     second = run(build(name, **options), index, steps_of(index, DISTINCT, 6, seed=1))
@@ -132,42 +92,6 @@ def part_of(step: Observation, rows: Any) -> Observation:
     """Some rows of a step."""
     measured = {name: values[rows] for name, values in step.measured.items()}
     return dataclasses.replace(step, slots=step.slots[rows], label_tokens=step.label_tokens[rows], measured=measured)
-
-
-@over_the_catalogue
-@over_duplicates
-def test_a_step_in_micro_batches_is_the_step_in_one(name, options, keys):
-    """Rows of a step, cut at any place: the same weight for each row, and the same update from the parts as one."""
-    index = RowIndex(torch.tensor(keys))
-    whole_scheduler, parts_scheduler = build(name, **options), build(name, **options)
-    whole, parts = whole_scheduler.init(index), parts_scheduler.init(index)
-    for number, step in enumerate(steps_of(index, keys, 6, size=5)):
-        cut = (number + 2) % 6
-        pieces = [part_of(step, p) for p in (slice(0, cut), slice(cut, None))]
-        prepare(parts_scheduler, parts, *pieces)
-        prepare(whole_scheduler, whole, step)
-        weights = torch.cat([parts_scheduler.weights(parts, piece) for piece in pieces])
-        assert torch.equal(weights, whole_scheduler.weights(whole, step))
-        together = Observation.concatenate(pieces)
-        assert (together.step, together.step_rows) == (step.step, step.step_rows)
-        assert together.measured.keys() == step.measured.keys()
-        for found, expected in (
-            (together.slots, step.slots),
-            (together.label_tokens, step.label_tokens),
-            *((together[name], step[name]) for name in step.measured),
-        ):
-            assert torch.equal(found, expected)
-        advance(parts_scheduler, parts, together)
-        advance(whole_scheduler, whole, step)
-    assert same(whole, parts)
-
-
-def test_an_update_per_micro_batch_would_be_noticed():
-    """Control: two updates of half a step are not one update of the step."""
-    index = RowIndex(torch.tensor(DISTINCT))
-    (step,) = steps_of(index, DISTINCT, 1, size=4)
-    halves = [part_of(step, p) for p in (slice(0, 2), slice(2, 4))]
-    assert not same(run(BDSReleased(), index, halves), run(BDSReleased(), index, [step]))
 
 
 @over_the_catalogue
@@ -201,51 +125,6 @@ def test_a_state_survives_the_way_through_tensors(name, options, keys):
     for field in dataclasses.fields(state):
         assert type(getattr(back, field.name)) is type(getattr(state, field.name))
     assert same(back, state)
-
-
-@over_the_catalogue
-@pytest.mark.parametrize("stop", range(5))
-def test_a_run_that_stops_and_resumes_is_the_run_that_does_not(name, options, stop, tmp_path):
-    """Save after `stop` of 5 steps, load into a new session, go on: the same state, weights, counts, bit for bit."""
-    keys = torch.tensor(DUPLICATED)
-    through, before, after = (Session(build(name, **options), RowIndex(keys)) for _ in range(3))
-    steps = steps_of(through.index, DUPLICATED, 5)
-
-    def go(session: Session, part: list[Observation]) -> None:
-        for step in part:
-            advance(session.scheduler, session.state, step)
-            session.seen.index_add_(0, step.slots, torch.ones(3, dtype=torch.int32))
-            session.steps += 1
-            session.rows_trained += 3
-
-    go(through, steps)
-    go(before, steps[:stop])
-    before.save(tmp_path / "state")
-    after.load(tmp_path / "state", steps=stop)
-    go(after, steps[stop:])
-    assert same(after.state, through.state)
-    assert torch.equal(after.row_weights(), through.row_weights())
-    assert torch.equal(after.seen, through.seen)
-    assert (after.steps, after.rows_trained) == (through.steps, through.rows_trained) == (5, 15)
-
-
-@over_the_catalogue
-def test_training_on_after_a_load_does_not_write_into_the_file(name, options, tmp_path):
-    path = tmp_path / "state"
-    session = Session(build(name, **options), RowIndex(torch.tensor(DISTINCT)))
-    session.save(path)
-    content = path.read_bytes()
-    session.load(path)
-    for step in steps_of(session.index, DISTINCT, 2):
-        advance(session.scheduler, session.state, step)
-    assert path.read_bytes() == content
-
-
-@over_the_catalogue
-def test_settings_are_json_and_say_which_method_it_is(name, options):
-    settings = build(name, **options).settings()
-    assert settings["name"] == name
-    assert json.loads(json.dumps(settings)).keys() == settings.keys()
 
 
 # streams --------------------------------------------------------------------------------------------------------------

@@ -228,7 +228,9 @@ def test_a_gate_one_token_off_is_caught(case: str, tmp_path: Any, monkeypatch: A
     monkeypatch.setattr("safe_sched.training.forward.token_weights", shifted)
     if case == "packing":  # without packing a shift stays inside its row
         assert difference(make_sft, ExplicitSFT, SFTTrainer, tmp_path, SFT[case]) > 1e-2
-    monkeypatch.setattr("safe_sched.training.forward.token_weights", lambda w, layout: torch.ones_like(right(w, layout)))
+    monkeypatch.setattr(
+        "safe_sched.training.forward.token_weights", lambda w, layout: torch.ones_like(right(w, layout))
+    )
     assert difference(make_sft, ExplicitSFT, SFTTrainer, tmp_path, SFT[case]) > 1e-2
 
 

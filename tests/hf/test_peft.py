@@ -160,7 +160,9 @@ def test_hf_gradients_are_those_of_the_weighted_loss(kind: str, tmp_path: Path) 
 def test_a_gate_that_does_nothing_is_caught(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control."""
     right = safe_sched.training.gate.token_weights
-    monkeypatch.setattr("safe_sched.training.forward.token_weights", lambda w, layout: torch.ones_like(right(w, layout)))
+    monkeypatch.setattr(
+        "safe_sched.training.forward.token_weights", lambda w, layout: torch.ones_like(right(w, layout))
+    )
     assert difference(make_hf_peft, ExplicitHF, Trainer, tmp_path, options(kind)) > FAR
 
 
