@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
-from safe_sched import BDS, Fixed, Lisa
+from safe_sched import BDS, BDSReleased, Fixed
 from safe_sched.errors import ModelError, NumericsError, OptionError, StateError
 from safe_sched.training.checkpoint import MANIFEST_FILE, STATE_FILE
-from safe_sched_hf import SafeSchedCallback
+from safe_sched_hf import Lisa, SafeSchedCallback
 from safe_sched_hf.safety import SafetySet
 from tests.hf.test_gradients import CHECKPOINTED, lora
 from tests.support import (
@@ -43,8 +43,14 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def ours(scheduler: Any, **options: Any) -> SafeSchedCallback:
-    return SafeSchedCallback(scheduler, **({"safety_data": SAFE, "safety_batch_size": SAFE_ROWS} | options))
+def ours(lisa: Lisa, scheduler: Any = "fixed", **options: Any) -> SafeSchedCallback:
+    given = {"safety_data": SAFE, "safety_batch_size": SAFE_ROWS} | options
+    return SafeSchedCallback(scheduler, parts=[lisa], **given)
+
+
+def turns_of(callback: SafeSchedCallback) -> Any:
+    """The Lisa of a callback."""
+    return callback.parts[0]
 
 
 class Watching:
@@ -208,14 +214,14 @@ def test_without_safe_steps_and_pull_nothing_changes(case: str, tmp_path: Path) 
     """Bit for bit; and a pull, or one safe step, does change something."""
     make, options = UNTOUCHED[case]
     plain = train(make, tmp_path, [], options)
-    same = train(make, tmp_path, [SafeSchedCallback(Lisa(0, 3, 0.0))], options)
+    same = train(make, tmp_path, [SafeSchedCallback(Fixed(), parts=[Lisa(0, 3, 0.0)])], options)
     assert not differs(same, plain)
     drop = {k for k in plain.state.log_history[-1] if k.startswith("train_")}
     for a, b in zip(same.state.log_history, plain.state.log_history, strict=True):
         assert {k: v for k, v in a.items() if not k.startswith("safe_sched/") and k not in drop} == {
             k: v for k, v in b.items() if k not in drop
         }
-    for other in (SafeSchedCallback(Lisa(0, 3, 0.01)), ours(Lisa(1, 8, 0.0))):
+    for other in (SafeSchedCallback(Fixed(), parts=[Lisa(0, 3, 0.01)]), ours(Lisa(1, 8, 0.0))):
         assert differs(train(make, tmp_path, [other], options), plain)
 
 
@@ -239,7 +245,7 @@ def test_no_user_batch_is_lost(make: Any, tmp_path: Path) -> None:
             log.get(name) for log in plain.state.log_history
         ]
     assert callback.session.steps == trainer.state.global_step == 12
-    assert callback.alternation == {"safe_steps": 8, "safety_rows_trained_on": 24}
+    assert turns_of(callback).summary() == {"safe_steps_done": 8, "safety_rows_trained_on": 24}
     rows = sum(batch["input_ids"].shape[0] for _, batch in plain.seen)
     assert sum(callback.table().column("seen").to_pylist()) == rows
 
@@ -247,8 +253,8 @@ def test_no_user_batch_is_lost(make: Any, tmp_path: Path) -> None:
 def test_rows_of_weight_0_leave_the_safe_steps_alone(tmp_path: Path) -> None:
     """With Fixed weights of 0, no pull and plain gradient descent, only safe steps move the model."""
     options = {"optim": "sgd", "max_steps": 6}
-    scheduler = Lisa(2, 3, 0.0, scheduler=Fixed([0.0] * 20))
-    trainer = make_trainer(make_hf, tmp_path, [ours(scheduler)], options)
+    scheduler = Fixed([0.0] * 20)
+    trainer = make_trainer(make_hf, tmp_path, [ours(Lisa(2, 3, 0.0), scheduler)], options)
     alone = twin_of(trainer, {})
     with single_thread():
         trainer.train()
@@ -265,7 +271,7 @@ def test_rows_of_weight_0_leave_the_safe_steps_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [make_hf, make_sft])
 def test_bds_weighs_the_rows_of_user_steps(make: Any, tmp_path: Path) -> None:
-    callback = ours(Lisa(1, 3, 0.1, scheduler=BDS()), safety_data=text_rows(7))
+    callback = ours(Lisa(1, 3, 0.1), BDS(), safety_data=text_rows(7))
     trainer = train(make, tmp_path, [callback], {})
     assert float(callback.session.row_weights().std()) > 0.01
     assert "p_harmful" in callback.table().column_names
@@ -284,52 +290,35 @@ RESUMED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=[make_sft, make_hf], ids=["sft", "hf"])
-def whole(request: Any, tmp_path_factory: Any) -> Any:
-    folder = tmp_path_factory.mktemp("whole")
-    return request.param, folder, train(request.param, folder, [ours(Lisa(K_SAFE, K_USER, RHO))], RESUMED)
-
-
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 6, 7])
-def test_a_resumed_run_equals_the_uninterrupted_one(whole: Any, step: int, tmp_path: Path) -> None:
-    """Within a phase and at its ends (3 and 6): parameters and state, bit for bit."""
-    make, folder, trainer = whole
-    again = train(make, tmp_path, [ours(Lisa(K_SAFE, K_USER, RHO))], RESUMED, folder / f"checkpoint-{step}")
-    assert not differs(again, trainer)
-    saved = [load_file(f / f"checkpoint-{STEPS}" / STATE_FILE) for f in (folder, tmp_path)]
-    assert saved[0].keys() == saved[1].keys()
-    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
-
-
-def test_a_lora_run_with_bds_resumes(tmp_path: Path) -> None:
+def test_the_anchor_of_a_lora_run_is_its_adapter(tmp_path: Path) -> None:
     options = RESUMED | {"peft_config": lora(lora_dropout=0.1), "max_steps": 6}
 
     def callback() -> SafeSchedCallback:
-        return ours(Lisa(K_SAFE, K_USER, RHO, scheduler=BDS(compat="released", learning_rate=0.1)))
+        return ours(Lisa(K_SAFE, K_USER, RHO), BDSReleased(learning_rate=0.1))
 
-    trainer = train(make_sft, tmp_path / "whole", [callback()], options)
-    again = train(make_sft, tmp_path / "again", [callback()], options, tmp_path / "whole" / "checkpoint-4")
-    assert not differs(again, trainer)
-    names = [name for name in load_file(tmp_path / "again" / "checkpoint-6" / STATE_FILE) if "anchor" in name]
+    trainer = train(make_sft, tmp_path, [callback()], options)
+    names = [name for name in load_file(tmp_path / "checkpoint-6" / STATE_FILE) if "anchor" in name]
     assert len(names) == sum(p.requires_grad for p in trainer.model.parameters())
     assert all("lora_" in name for name in names)
 
 
-def test_what_is_saved_matters(whole: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [make_sft, make_hf], ids=["sft", "hf"])
+def test_what_is_saved_matters(make: Any, tmp_path: Path) -> None:
     """Negative controls: another anchor, count, or safety row next, and the resume ends elsewhere."""
     from shutil import copytree
 
     from safetensors import safe_open
 
-    make, folder, trainer = whole
+    folder = tmp_path / "whole"
+    trainer = train(make, folder, [ours(Lisa(K_SAFE, K_USER, RHO))], RESUMED)
     file = folder / "checkpoint-4" / STATE_FILE
     with safe_open(file, "pt") as opened:
         header = opened.metadata()
     for changed, value in (
-        ("state.anchor.model.norm.weight", lambda t: t + 0.5),
-        ("state.since", lambda t: t + 1),
-        ("state.safe_steps", lambda t: t + 1),
-        ("state.rates", lambda t: t * 2),
+        ("part.lisa.anchor.model.norm.weight", lambda t: t + 0.5),
+        ("part.lisa.since", lambda t: t + 1),
+        ("part.lisa.safe_steps_done", lambda t: t + 1),
+        ("part.lisa.rates", lambda t: t * 2),
     ):
         copytree(folder / "checkpoint-4", copied := tmp_path / changed / "checkpoint-4")
         tensors = load_file(file)
@@ -342,8 +331,8 @@ def test_a_resume_that_does_not_fit_stops(tmp_path: Path) -> None:
     train(make_hf, tmp_path, [ours(Lisa(2, 3, 0.1))], RESUMED | {"max_steps": 3})
     checkpoint = tmp_path / "checkpoint-2"
     for callback, match in (
-        (ours(Lisa(2, 3, 0.2)), "scheduler: saved"),
-        (ours(Fixed()), "scheduler: saved"),
+        (ours(Lisa(2, 3, 0.2)), "parts: saved"),
+        (SafeSchedCallback(Fixed(), safety_data=SAFE, safety_batch_size=SAFE_ROWS), "parts: saved"),
         (ours(Lisa(2, 3, 0.1), safety_data=token_rows(7, seed=10)), "safety"),
     ):
         with pytest.raises(StateError, match=match):
@@ -357,11 +346,9 @@ def test_an_anchor_of_other_parameters_is_refused(tmp_path: Path) -> None:
     """A stream's state is not compared by shape, so the anchor is by itself."""
     callback = ours(Lisa(2, 3, 0.1))
     train(make_hf, tmp_path, [callback], {"max_steps": 3})
-    turns = callback._alternation
-    assert turns is not None
-    turns.state.anchor["model.norm.weight"] = torch.zeros(3)
+    saved = turns_of(callback).save() | {"anchor.model.norm.weight": torch.zeros(3)}
     with pytest.raises(StateError, match=r"no anchor of the shape \(32,\) for model.norm.weight"):
-        turns.resumed()
+        turns_of(callback).load(saved)
 
 
 # the end of training --------------------------------------------------------------------------------------------------
@@ -386,9 +373,10 @@ def test_a_run_that_stops_early_still_ends_safe(event: str, first: bool, tmp_pat
     order = [stops, callback] if first else [callback, stops]
     trainer = train(make_hf, tmp_path, order, {"max_steps": 30, "eval_strategy": "epoch", "eval_rows": ROWS[:4]})
     assert trainer.state.global_step == 5
-    assert callback.alternation == {"safe_steps": 4, "safety_rows_trained_on": 12}
+    assert turns_of(callback).summary() == {"safe_steps_done": 4, "safety_rows_trained_on": 12}
     manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
-    assert manifest["alternation"] == callback.alternation
+    (told,) = [part for part in manifest["parts"] if part["name"] == "lisa"]
+    assert told == turns_of(callback).settings() | turns_of(callback).summary()
     assert manifest["scheduler"]["rho"] == 0.1
     assert manifest["coverage"]["rows_trained_on"] == 20
 
@@ -417,11 +405,11 @@ def test_a_second_train_starts_anew(tmp_path: Path) -> None:
 
     class Looks(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            anchors.append({name: value.clone() for name, value in callback.session.state.tensors().items()})
+            anchors.append({name: value.clone() for name, value in turns_of(callback).save().items()})
 
     trainer.add_callback(Looks())
     trainer.train()
-    assert callback.alternation == {"safe_steps": 3, "safety_rows_trained_on": 9}
+    assert turns_of(callback).summary() == {"safe_steps_done": 3, "safety_rows_trained_on": 9}
     assert all(torch.equal(anchors[0][f"anchor.{name}"], value) for name, value in before.items())
 
 
@@ -440,16 +428,15 @@ def test_the_log_says_how_far_the_phases_go(tmp_path: Path) -> None:
             now = parameters_of(kwargs["model"])
             walked.append(float(torch.cat([(now[k] - self.start[k]).flatten() for k in now]).norm()))
 
-    trainer = train(make_hf, tmp_path, [Walks(), callback := ours(Lisa(2, 3, 0.1))], {})
+    trainer = train(make_hf, tmp_path, [Walks(), ours(Lisa(2, 3, 0.1))], {})
     logs = trainer.state.log_history
     assert [log["safe_sched/user_distance"] for log in logs[:3]] == pytest.approx(walked[:3], rel=1e-5)
     assert [log["safe_sched/safe_steps"] for log in logs[:8]] == [0, 0, 2, 2, 2, 4, 4, 6]
     assert [("safe_sched/safety_loss" in log) for log in logs[:8]] == [i in (2, 5, 7) for i in range(8)]
     assert all(log["safe_sched/safe_distance"] > 0 for log in (logs[2], logs[5], logs[7]))
-    assert callback.session.safety_loss is None
     bare = train(make_hf, tmp_path, [other := ours(Lisa(2, 3, 0.0))], {})
     assert "safe_sched/user_distance" not in bare.state.log_history[2]
-    assert not any("anchor" in name for name in other.session.state.tensors())
+    assert not any("anchor" in name for name in turns_of(other).save())
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
@@ -498,11 +485,11 @@ class Scaled(TrainerCallback):
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], match: str) -> None:
-    ours("lisa")
+    SafeSchedCallback("fixed", parts=["lisa"], safety_data="core")
     with pytest.raises(OptionError, match=match):
-        ours("lisa", **options)
-    with pytest.raises(OptionError, match="'lisa' with evidence=.* learns from safety rows"):
-        SafeSchedCallback(Lisa(0, 3, scheduler=BDS()))
+        SafeSchedCallback("fixed", parts=["lisa"], **({"safety_data": "core"} | options))
+    with pytest.raises(OptionError, match="'bds' measures 'probe' with safety rows: give safety_data"):
+        SafeSchedCallback(BDS(), parts=[Lisa(0, 3)])
 
 
 def test_a_run_without_a_whole_turn_is_refused(tmp_path: Path) -> None:
