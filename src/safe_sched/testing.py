@@ -432,6 +432,13 @@ def _check_growth(scheduler: Scheduler[Any], widths: Mapping[str, int | None]) -
 # measurements ---------------------------------------------------------------------------------------------------
 
 
+class Output(dict[str, Tensor]):
+    """What `TinyLM` returns: a dict whose entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self[name]
+
+
 class TinyLM(nn.Module):
     """A causal language model of a few hundred parameters, with dropout, in the form of those of transformers."""
 
@@ -451,16 +458,14 @@ class TinyLM(nn.Module):
         return self.head
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None
-    ) -> dict[str, Tensor]:
+        self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None, **others: Any
+    ) -> Output:
         """``logits``, and with labels the mean ``loss`` of the label tokens."""
         logits = self.head(self.model(input_ids))
         if labels is None:
-            return {"logits": logits}
-        return {
-            "loss": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()),
-            "logits": logits,
-        }
+            return Output(logits=logits)
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return Output(loss=loss, logits=logits)
 
 
 @dataclass
@@ -508,6 +513,7 @@ class _Trained:
     parameters: list[Tensor]
     gradients: list[Tensor]
     random: Tensor
+    before_save: int
 
 
 def check_measurement(
@@ -548,16 +554,13 @@ def check_measurement(
     _law(all(bool(torch.isfinite(values).all()) for _, _, values in whole.told), "measured values are finite")
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "state"
-        first = _train(measurement, safety, model, save=saved)
-        rest = _train(measurement, safety, model, load=saved)
-    again = [*first.told, *rest.told]
+        through = _train(measurement, safety, model, save=saved)
+        resumed = _train(measurement, safety, model, load=saved)
+    pairs = list(zip(through.told[through.before_save :], resumed.told, strict=False))
     _law(
-        len(again) == len(whole.told)
-        and all(
-            a[0] == b[0] and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
-            for a, b in zip(again, whole.told, strict=True)
-        ),
-        "a run that is saved and resumed measures what the uninterrupted run does: save() what is kept between steps",
+        len(through.told) - through.before_save == len(resumed.told)
+        and all(a[0] == b[0] and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2]) for a, b in pairs),
+        "a resumed run measures what the run that went on does: save() what lasts over steps, or forget() it",
     )
 
 
@@ -575,7 +578,7 @@ def _train(
     save: Path | None = None,
     load: Path | None = None,
 ) -> _Trained:
-    """Six steps, or the first three of them and a save, or a load and the last three."""
+    """Six steps, with a save after the third where that is asked for; or a load and the last three."""
     model, scheduler = make().train(), _Asks(NLL() if measurement is None else measurement.need)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     ids = _tokens(_SET)
@@ -588,6 +591,7 @@ def _train(
         safety=safety,
     )
     gradients: list[Tensor] = []
+    before_save = 0
     with _seeded():
         if load is not None:
             loop.load(load)
@@ -595,7 +599,10 @@ def _train(
             model.load_state_dict(kept["model"])
             optimizer.load_state_dict(kept["optimizer"])
             torch.set_rng_state(kept["random"])
-        for number in range(0 if load is None else 3, 3 if save is not None else len(_STEPS)):
+        for number in range(0 if load is None else 3, len(_STEPS)):
+            if save is not None and number == 3:
+                before_save = len(scheduler.told)
+                _save(loop, model, optimizer, save)
             batches = [{"input_ids": _tokens(rows)} for rows in (_STEPS[number][:2], _STEPS[number][2:])]
             batches = [batch | {"labels": batch["input_ids"]} for batch in batches]
             with loop.step(batches):
@@ -607,13 +614,15 @@ def _train(
                 gradients += [torch.empty(0) if p.grad is None else p.grad.clone() for p in model.parameters()]
                 optimizer.step()
                 optimizer.zero_grad()
-        if save is not None:
-            loop.save(save)
-            kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
-            torch.save(kept, save.with_suffix(".model"))
         state = torch.get_rng_state()
     loop.close()
-    return _Trained(scheduler.told, [p.detach().clone() for p in model.parameters()], gradients, state)
+    return _Trained(scheduler.told, [p.detach().clone() for p in model.parameters()], gradients, state, before_save)
+
+
+def _save(loop: TrainingLoop, model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    loop.save(path)
+    kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
+    torch.save(kept, path.with_suffix(".model"))
 
 
 # detectors ------------------------------------------------------------------------------------------------------

@@ -369,7 +369,7 @@ class NotFinite(NLLMeasurement):
         (Trains, "parameters|gradients"),
         (Moves, "parameters"),
         (Evaluates, "training mode"),
-        (SavesNothing, "saved and resumed"),
+        (SavesNothing, "a resumed run measures"),
         (Silent, "returns values"),
         (EveryRow, "with every_row"),
     ],
