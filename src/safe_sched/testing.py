@@ -39,7 +39,7 @@ from safe_sched.audit.signals import Detector, Evidence, Sort
 from safe_sched.errors import NumericsError, OptionError, SafeSchedError
 from safe_sched.needs import NLL, Need
 from safe_sched.rows.index import RowIndex
-from safe_sched.rows.keys import keys_of, layout_of
+from safe_sched.rows.keys import IGNORE_INDEX, keys_of, layout_of
 from safe_sched.scheduler import Observation, PerRow, Scheduler, State, require_options
 from safe_sched.training.loop import Measurement, TrainingLoop
 from safe_sched.training.ranks import Exchange
@@ -581,11 +581,10 @@ def _train(
     """Six steps, with a save after the third where that is asked for; or a load and the last three."""
     model, scheduler = make().train(), _Asks(NLL() if measurement is None else measurement.need)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    ids = _tokens(_SET)
     loop = TrainingLoop(
         model,
         scheduler,
-        [{"input_ids": ids, "labels": ids}],
+        [_micro_batch(_SET)],
         optimizer,
         parts=[] if measurement is None else [copy.deepcopy(measurement)],
         safety=safety,
@@ -603,8 +602,7 @@ def _train(
             if save is not None and number == 3:
                 before_save = len(scheduler.told)
                 _save(loop, model, optimizer, save)
-            batches = [{"input_ids": _tokens(rows)} for rows in (_STEPS[number][:2], _STEPS[number][2:])]
-            batches = [batch | {"labels": batch["input_ids"]} for batch in batches]
+            batches = [_micro_batch(rows) for rows in (_STEPS[number][:2], _STEPS[number][2:])]
             with loop.step(batches):
                 for batch in batches:
                     with loop.forward(batch):
@@ -617,6 +615,14 @@ def _train(
         state = torch.get_rng_state()
     loop.close()
     return _Trained(scheduler.told, [p.detach().clone() for p in model.parameters()], gradients, state, before_save)
+
+
+def _micro_batch(numbers: Sequence[int]) -> dict[str, Tensor]:
+    """Rows of two tokens of prompt and two of answer."""
+    ids = _tokens(numbers)
+    labels = ids.clone()
+    labels[:, :2] = IGNORE_INDEX
+    return {"input_ids": ids, "labels": labels}
 
 
 def _save(loop: TrainingLoop, model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
