@@ -96,7 +96,7 @@ def on_ranks(ranks: int, work: Callable[[InProcess], T], *, deaf: bool = False) 
         work: Called with the rank's exchange.
         deaf: Whether a rank hears itself in the place of the others, for negative controls.
     """
-    table = _Table([None] * ranks, threading.Barrier(ranks, timeout=20))
+    table = _Table([None] * ranks, threading.Barrier(ranks, timeout=200))
 
     def one(exchange: InProcess) -> T:
         try:

@@ -13,13 +13,14 @@ is::
 
 and it is sampled by preconditioned SGLD (`safe_sched.estimators.sgld`) whenever a row's evidence has changed. The row's
 weight is the posterior mean of ``w = sigmoid(z) / its prior mean``, its probability of being harmful that of ``1 -
-sigmoid(z)``. Weight 1 is what a row has before anything is known of it. The paper's released code drops the evidence and
-takes ``w = N softmax(z)``; see `safe_sched.schedulers.bds_released`.
+sigmoid(z)``. Weight 1 is what a row has before anything is known of it. The paper's released code drops the evidence
+and takes ``w = N softmax(z)``; see `safe_sched.schedulers.bds_released`.
 
-**The share of harmful rows.** Each row is harmful with a share q, ``q ~ Beta(a, b)`` with ``a + b = prior_rows`` and mean
-``prior_share``. Integrating q out, with H the sum of the M judged rows' harmful probabilities, gives ``Beta(a + H, b + M
-- H) / Beta(a, b)``, whose derivative by one row's ``1 - sigmoid(z)`` is ``digamma(a + H) - digamma(b + M - H)``: close to
-the log-odds of the share found so far. It is added to every row's evidence, so one row in ten thousand needs more
+**The share of harmful rows.** Each row is harmful with a share q, ``q ~ Beta(a, b)`` with ``a + b = prior_rows`` and
+mean ``prior_share``. Integrating q out, with H the sum of the M judged rows' harmful probabilities, gives ``Beta(a +
+H, b + M
+- H) / Beta(a, b)``, whose derivative by one row's ``1 - sigmoid(z)`` is ``digamma(a + H) - digamma(b + M - H)``: close
+to the log-odds of the share found so far. It is added to every row's evidence, so one row in ten thousand needs more
 evidence than one in two. The released prior has the wrong sign.
 
 ============  ==========================  ==================
@@ -31,8 +32,9 @@ E             ``log_odds``                nats
 x             score                       1, see `safe_sched.estimators.calibration`
 ============  ==========================  ==================
 
-Cost: nothing for a step without new scores; otherwise some 50 updates of the rows that were scored, all at once.
-12 bytes per row; no pass over all rows, and no pass of the model but the probe's, see `docs/methods/bds.md`.
+Cost: nothing for a step without new scores; otherwise some 50 updates of the rows that were scored, all at once. 12
+    bytes
+per row; no pass over all rows, and no pass of the model but the probe's, see `docs/methods/bds.md`.
 """
 
 from __future__ import annotations
@@ -104,8 +106,8 @@ class BDS(Scheduler[BDSState]):
     """Bayesian Data Scheduler with one logit per training row. The defaults need no tuning.
 
     Args:
-        evidence: Where a row's score comes from: ``"probe"`` (the default), ``"reference"``, or None to leave the weights
-            at 1 (and to bring scores yourself, through ``session.learn("probe", ...)``).
+        evidence: Where a row's score comes from: ``"probe"`` (the default), ``"reference"``, or None to leave the
+            weights at 1 (and to bring scores yourself, through ``session.learn("probe", ...)``).
         reference: For ``evidence="reference"``: a file written by ``safe-sched losses``, or ``"adapter:NAME"`` for a
             PEFT adapter of the model that was trained without safety data.
         prior_share: Share of harmful rows expected, in (0, 1).
@@ -407,7 +409,7 @@ class BDS(Scheduler[BDSState]):
 
     @functools.cached_property
     def _prior_mean(self) -> float:
-        """The mean of ``sigmoid(z)`` before any evidence, which counts as weight 1; at temperature 0 that at the mode."""
+        """The mean of ``sigmoid(z)`` before any evidence, which counts as weight 1; at temperature 0, the mode."""
         heat = self.temperature
         width = 10 * _STD * max(heat, 1.0) ** 0.5
         z = torch.linspace(-width, width, 8001, dtype=torch.float64)
