@@ -274,7 +274,8 @@ class Scheduler(Generic[S]):
         Raises:
             OptionError: The scheduler takes no such values.
         """
-        raise OptionError(f"the scheduler {self.name!r} takes no values of {need!r}; use BDS")
+        takes = ", ".join(repr(one.name) for one in self.needs) or "nothing"
+        raise OptionError(f"{self.name!r} takes no values of {need!r}; what it has measured: {takes}")
 
     def with_prior(self, state: S, prior: RowPrior) -> S:
         """The state with what is believed of every row before the run; see `safe_sched.estimators.prior`.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from safe_sched.rows.index import RowIndex
-from safe_sched.scheduler import Evidential, Observation, Scheduler, State
+from safe_sched.scheduler import Observation, Scheduler, State
 
 DISTINCT = [40, 10, 30, 20, 60, 50]
 DUPLICATED = [40, 10, 40, 20, 10, 40, 50]
@@ -21,8 +22,7 @@ def observe(index: RowIndex, keys: Sequence[int], step: int, generator: torch.Ge
     assert (slots >= 0).all()
     nll = 3 * torch.rand(len(keys), generator=generator)
     tokens = torch.randint(1, 9, (len(keys),), generator=generator)
-    loss = float(torch.rand((), generator=generator))
-    return Observation(slots, nll, tokens, step, safety_loss=loss, step_rows=(slots, tokens))
+    return Observation(slots, tokens, step, {"nll": nll}, (slots, tokens))
 
 
 def steps_of(index: RowIndex, keys: Sequence[int], count: int, size: int = 3, seed: int = 0) -> list[Observation]:
@@ -37,25 +37,28 @@ def ratios_of(slots: torch.Tensor, step: int) -> torch.Tensor:
     return 4 * torch.sin(2.0 * slots + 0.1 * step + 1)
 
 
-def prepare(scheduler: Scheduler, state: State, *batches: Observation) -> None:
+def needs_of(scheduler: Scheduler[Any]) -> set[str]:
+    return {need.name for need in scheduler.needs}
+
+
+def prepare(scheduler: Scheduler[Any], state: Any, *batches: Observation) -> None:
     """What an integration does before it asks for weights: it says which rows are due, then takes their ratios."""
-    if isinstance(scheduler, Evidential) and scheduler.evidence == "refusal":
-        due = [scheduler.due(state, batch.slots) for batch in batches]
+    if "refusal_odds" in needs_of(scheduler):
+        due = [scheduler.due(state, "refusal_odds", batch.slots) for batch in batches]
         for batch, rows in zip(batches, due, strict=True):
-            scheduler.learn(state, batch.slots[rows], ratios_of(batch.slots[rows], batch.step))
+            scheduler.learn(state, "refusal_odds", batch.slots[rows], ratios_of(batch.slots[rows], batch.step))
 
 
-def advance(scheduler: Scheduler, state: State, step: Observation) -> dict[str, float]:
+def advance(scheduler: Scheduler[Any], state: Any, step: Observation) -> dict[str, float]:
     """One step as an integration does it: scores, here from the losses, then the update."""
     prepare(scheduler, state, step)
     learned: dict[str, float] = {}
-    if isinstance(scheduler, Evidential) and scheduler.evidence == "probe":
-        assert step.nll is not None
-        learned = scheduler.learn(state, step.slots, step.nll / 3)
+    if "probe" in needs_of(scheduler):
+        learned = scheduler.learn(state, "probe", step.slots, step["nll"] / 3)
     return learned | scheduler.update(state, step)
 
 
-def run(scheduler: Scheduler, index: RowIndex, steps: list[Observation]) -> State:
+def run(scheduler: Scheduler[Any], index: RowIndex, steps: list[Observation]) -> Any:
     state = scheduler.init(index)
     for step in steps:
         advance(scheduler, state, step)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from safe_sched.errors import CoverageError, ModelError, NumericsError, OptionError, StateError
 from safe_sched.estimators.calibration import LIMIT
+from safe_sched.needs import RefusalOdds
 from safe_sched.rows.index import RowIndex
 from safe_sched.scheduler import Observation
 from safe_sched.schedulers import Antibody, build
-from safe_sched.schedulers.antibody import EARLY, OTHERS, AntibodyState, Check
+from safe_sched.schedulers.antibody import EARLY, OTHERS, AntibodyState
 from safe_sched.training.session import Session
 from tests.core.batches import Row, laws, pad, row
 from tests.core.runs import same
@@ -48,13 +49,13 @@ def knowing(ratios: Sequence[float], scheduler: Antibody | None = None) -> tuple
     scheduler = Antibody() if scheduler is None else scheduler
     state = scheduler.init(RowIndex(torch.arange(len(ratios)) + 1))
     known = torch.tensor([i for i, ratio in enumerate(ratios) if not math.isnan(ratio)], dtype=torch.long)
-    scheduler.learn(state, known, torch.tensor(list(ratios))[known])
+    scheduler.learn(state, "refusal_odds", known, torch.tensor(list(ratios))[known])
     return scheduler, state
 
 
 def asked(slots: Sequence[int], tokens: Sequence[int] | None = None, step: int = 0, **more: Any) -> Observation:
     counts = [3] * len(slots) if tokens is None else list(tokens)
-    return Observation(torch.tensor(slots), None, torch.tensor(counts), step, **more)
+    return Observation(torch.tensor(slots), torch.tensor(counts), step, **more)
 
 
 # the published rule ---------------------------------------------------------------------------------------------------
@@ -100,10 +101,10 @@ def one_step(scheduler: Antibody, sizes: Sequence[Sequence[int]], seed: int) -> 
     batches = session.begin_step([pad([*micro, SILENT]) for micro in rows])
     for batch, micro, refused in zip(batches, losses, refusals, strict=True):
         ratio = [refusal - float(loss.detach().mean()) for refusal, loss in zip(refused, micro, strict=True)]
-        session.learn(batch.slots, torch.tensor([*ratio, 77.0]), "refusal")
+        session.learn("refusal_odds", batch.slots, torch.tensor([*ratio, 77.0]))
     factors = []
     for batch in batches:
-        found = session.weigh(batch, None)
+        found = session.weigh(batch)
         assert found[-1] == 1  # without labels: nothing is multiplied
         factors.append(found[:-1].double())
         session.mark_gated(batch)
@@ -307,13 +308,19 @@ def check(
     refusing: Sequence[float] = (0.0,),
     complying: Sequence[float] = (0.0,),
     others: Sequence[float] = (),
-) -> Check:
-    return Check(*(torch.tensor(list(values)) for values in (refused, refusing, complying, others)))
+) -> dict[str, Tensor]:
+    named = {"refused": refused, "refusing": refusing, "complying": complying, "others": others}
+    return {name: torch.tensor(list(values)) for name, values in named.items()}
 
 
-def calibrated(scheduler: Antibody, seen: Check) -> tuple[AntibodyState, dict[str, float]]:
+def observed(scheduler: Antibody, state: AntibodyState, refused: Tensor, *, unread: bool) -> dict[str, float]:
+    """A later look at the safety prompts."""
+    return scheduler.calibrate(state, "refusal_odds", {"refused": refused, "unread": torch.tensor(unread)})
+
+
+def calibrated(scheduler: Antibody, seen: dict[str, Tensor]) -> tuple[AntibodyState, dict[str, float]]:
     state = scheduler.init(RowIndex(torch.tensor([1, 2, 3])))
-    return state, scheduler.calibrate(state, seen)
+    return state, scheduler.calibrate(state, "refusal_odds", seen)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +346,7 @@ def test_published_ratios_are_calibrated_half_way_between_refusing_and_complying
     scheduler = Antibody(ratio=ratio)
     state, _ = calibrated(scheduler, check([5.0], [1.0, 3.0], [-3.0, -5.0]))
     assert (float(state.threshold), float(state.slope)) == (-1.0, 2.0)
-    scheduler.learn(state, torch.tensor([0, 1, 2]), torch.tensor([-4.0, -1.0, 2.0]))
+    scheduler.learn(state, "refusal_odds", torch.tensor([0, 1, 2]), torch.tensor([-4.0, -1.0, 2.0]))
     assert scheduler.log_odds(state, slice(None)).tolist() == [6.0, 0.0, -6.0]
     weights = scheduler.slot_weights(state).tolist()
     assert weights == [pytest.approx(0.00248, abs=1e-4), pytest.approx(0.5012, abs=1e-4), 1.0]
@@ -370,7 +377,7 @@ def test_where_the_model_does_not_refuse_the_fallback_weighs_all_rows_alike(gate
         state, logged = calibrated(scheduler, WEAK)
     assert state.verdict == ABSTAINS
     assert logged["inverted"] == 1.0
-    assert not scheduler.due(state, torch.tensor([0, 1, 2])).any()
+    assert not scheduler.due(state, "refusal_odds", torch.tensor([0, 1, 2])).any()
     assert scheduler.weights(state, asked([2, 0], [1, 9])).tolist() == [1.0, 1.0]
     assert scheduler.slot_weights(state).tolist() == [1.0, 1.0, 1.0]
     assert scheduler.log_odds(state, slice(None)).tolist() == [0.0, 0.0, 0.0]
@@ -385,7 +392,7 @@ def test_inversion_can_be_ignored(inverted):
         state, _ = calibrated(scheduler, seen)
     assert state.verdict == FINE
     assert scheduler.kind(state) == "token_mean"
-    assert scheduler.due(state, torch.tensor([0, 1, 2])).all()
+    assert scheduler.due(state, "refusal_odds", torch.tensor([0, 1, 2])).all()
 
 
 # a task that is new to the model: its harmless rows lie below compliance with harmful prompts
@@ -406,7 +413,7 @@ def test_a_published_ratio_that_is_inverted_falls_back_to_openings():
         state, logged = calibrated(scheduler, UPSIDE_DOWN)
     assert (state.verdict, scheduler.kind(state), logged["inverted"]) == (OPENINGS, "opening", 1.0)
     assert (float(state.threshold), float(state.slope)) == (0.0, 2.0)
-    assert scheduler.due(state, torch.tensor([0, 1, 2])).all()
+    assert scheduler.due(state, "refusal_odds", torch.tensor([0, 1, 2])).all()
 
 
 @pytest.mark.parametrize(
@@ -441,7 +448,7 @@ def test_openings_cannot_be_inverted_by_what_is_new():
 def test_a_later_look_at_the_safety_prompts_changes_the_strength_now():
     scheduler = Antibody()
     state, _ = calibrated(scheduler, check([8.0, 4.0]))
-    logged = scheduler.observe(state, torch.tensor([5.0, 1.0]), unread=True)
+    logged = observed(scheduler, state, torch.tensor([5.0, 1.0]), unread=True)
     assert state.strength.tolist() == [6.0, 3.0]
     assert logged == {"refusing_safety_prompts": 3.0, "inverted": 0.0}
     assert (float(state.threshold), float(state.slope)) == (0.0, 2.0)
@@ -451,10 +458,10 @@ def test_a_model_that_no_longer_refuses_stops_the_run_while_rows_are_unread():
     scheduler, gone = Antibody(), torch.tensor([-1.0, -1.0, -2.0, 3.0])
     state, _ = calibrated(scheduler, check([6.0]))
     with pytest.raises(ModelError, match="come to refuse only 25% of 4 safety prompts") as caught:
-        scheduler.observe(state, gone, unread=True)
+        observed(scheduler, state, gone, unread=True)
     assert "safety_data" in str(caught.value)
     # control: where every row has its ratio from before, nothing is lost
-    assert scheduler.observe(state, gone, unread=False)["inverted"] == 0.0
+    assert observed(scheduler, state, gone, unread=False)["inverted"] == 0.0
     assert state.strength[1] == -0.25
 
 
@@ -462,12 +469,12 @@ def test_a_model_that_no_longer_refuses_stops_the_run_while_rows_are_unread():
 def test_a_model_that_no_longer_refuses_leaves_unread_rows_at_1_in_a_fallback(gate):
     scheduler = Antibody(on_inversion="fallback", gate=gate)
     state, _ = calibrated(scheduler, check([12.0]))
-    scheduler.learn(state, torch.tensor([0, 1]), torch.tensor([-9.0, 9.0]))
+    scheduler.learn(state, "refusal_odds", torch.tensor([0, 1]), torch.tensor([-9.0, 9.0]))
     before = scheduler.weights(state, asked([0, 1]))
     with pytest.warns(UserWarning, match="in training the model has come to refuse only 0%"):
-        assert scheduler.observe(state, torch.tensor([-1.0]), unread=True)["inverted"] == 1.0
-    for question in (scheduler.due, scheduler.asked):
-        assert not question(state, torch.tensor([0, 1, 2])).any()
+        assert observed(scheduler, state, torch.tensor([-1.0]), unread=True)["inverted"] == 1.0
+    for question in (scheduler.due, scheduler.unknown, scheduler.doubtful):
+        assert not question(state, "refusal_odds", torch.tensor([0, 1, 2])).any()
     assert torch.equal(scheduler.weights(state, asked([0, 1])), before)
     assert scheduler.weights(state, asked([1, 2]))[1] == 1.0
 
@@ -482,20 +489,20 @@ def after(scheduler: Antibody, state: AntibodyState, steps: int) -> None:
 
 def test_a_ratio_is_taken_once_and_kept():
     scheduler, state = knowing([5.0, math.nan])
-    assert scheduler.due(state, torch.tensor([0, 1, 1])).tolist() == [False, True, True]
-    assert not scheduler.doubtful(state, torch.tensor([0, 1])).any()
+    assert scheduler.due(state, "refusal_odds", torch.tensor([0, 1, 1])).tolist() == [False, True, True]
+    assert not scheduler.doubtful(state, "refusal_odds", torch.tensor([0, 1])).any()
     after(scheduler, state, 100)
-    assert scheduler.due(state, torch.tensor([0, 1])).tolist() == [False, True]
+    assert scheduler.due(state, "refusal_odds", torch.tensor([0, 1])).tolist() == [False, True]
     assert state.ratio[0] == 5
 
 
 def test_without_an_anchor_ratios_are_taken_again_and_again():
     """The published rule: what the model says now, and nothing else."""
     scheduler, state = knowing([5.0, math.nan], Antibody(anchor=False))
-    assert scheduler.due(state, torch.tensor([0, 1])).all()
-    scheduler.learn(state, torch.tensor([0]), torch.tensor([-3.0]))
+    assert scheduler.due(state, "refusal_odds", torch.tensor([0, 1])).all()
+    scheduler.learn(state, "refusal_odds", torch.tensor([0]), torch.tensor([-3.0]))
     assert state.ratio[0] == -3
-    assert scheduler.due(state, torch.tensor([0])).all()
+    assert scheduler.due(state, "refusal_odds", torch.tensor([0])).all()
 
 
 def doubtful_row(first_look: int = 0, ratio: float = -5.0, scheduler: Antibody | None = None, now: float = 6.0) -> Any:
@@ -503,14 +510,14 @@ def doubtful_row(first_look: int = 0, ratio: float = -5.0, scheduler: Antibody |
     scheduler = Antibody() if scheduler is None else scheduler
     state, _ = calibrated(scheduler, check([6.0], [3.0], [-3.0]))
     after(scheduler, state, first_look)
-    scheduler.learn(state, torch.tensor([0]), torch.tensor([ratio]))
+    scheduler.learn(state, "refusal_odds", torch.tensor([0]), torch.tensor([ratio]))
     after(scheduler, state, 2 * EARLY - state.steps)
     state.strength[1] = now
     return scheduler, state
 
 
 def due(scheduler: Antibody, state: AntibodyState) -> bool:
-    return bool(scheduler.due(state, torch.tensor([0])))
+    return bool(scheduler.due(state, "refusal_odds", torch.tensor([0])))
 
 
 def test_a_row_that_was_not_cleared_early_gets_a_second_look_of_the_same_weight():
@@ -520,7 +527,7 @@ def test_a_row_that_was_not_cleared_early_gets_a_second_look_of_the_same_weight(
     state.steps -= 1
     assert not due(scheduler, state)  # control: the task may still be new
     state.steps += 1
-    scheduler.learn(state, torch.tensor([0]), torch.tensor([7.0]))
+    scheduler.learn(state, "refusal_odds", torch.tensor([0]), torch.tensor([7.0]))
     assert state.ratio[0] == 1
     after(scheduler, state, 100)
     assert not due(scheduler, state)
@@ -544,9 +551,9 @@ def test_a_model_that_hardly_refuses_any_more_is_not_asked_a_second_time(now, ag
     """An attack has moved it: below half of its first strength, 6. Safety prompts are looked at for the row, though."""
     scheduler, state = doubtful_row(now=now)
     assert due(scheduler, state) == again
-    assert scheduler.asked(state, torch.tensor([0])).all()
+    assert scheduler.doubtful(state, "refusal_odds", torch.tensor([0])).all()
     # a row that was never looked at does not depend on it
-    assert scheduler.due(state, torch.tensor([1])).all()
+    assert scheduler.due(state, "refusal_odds", torch.tensor([1])).all()
 
 
 def test_a_model_that_hardly_refused_at_the_start_is_not_asked_a_second_time():
@@ -570,12 +577,12 @@ def test_copies_of_a_row_in_two_micro_batches_are_one_look():
         scheduler = Antibody()
         state, _ = calibrated(scheduler, check([6.0]))
         for ratio in ratios:
-            scheduler.learn(state, torch.tensor([0]), torch.tensor([ratio]))
+            scheduler.learn(state, "refusal_odds", torch.tensor([0]), torch.tensor([ratio]))
         after(scheduler, state, 2 * EARLY)
         assert due(scheduler, state)
         first = float(state.ratio[0])
         for _ in range(2):
-            scheduler.learn(state, torch.tensor([0]), torch.tensor([7.0]))
+            scheduler.learn(state, "refusal_odds", torch.tensor([0]), torch.tensor([7.0]))
         assert state.ratio[0] == (first + 7) / 2
 
 
@@ -587,7 +594,7 @@ def test_copies_of_a_row_share_a_slot_and_the_mean_of_their_ratios():
     scheduler = Antibody()
     session = Session(scheduler, index)
     slots = index.lookup(torch.tensor([7, 9, 7]))
-    session.learn(slots, torch.tensor([1.0, 5.0, 3.0]), "refusal")
+    session.learn("refusal_odds", slots, torch.tensor([1.0, 5.0, 3.0]))
     assert session.table().column("ratio").to_pylist() == [2.0, 5.0, 2.0]
 
 
@@ -616,8 +623,10 @@ def test_a_softmax_over_a_step_needs_all_rows_of_the_step():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_ratio_that_is_not_finite_names_its_row(bad):
     session = Session(Antibody(), RowIndex(torch.tensor([30, 10, 20])))
-    with pytest.raises(NumericsError, match=r"the score of 1 rows is not finite at step 0 \(training rows \[2\]\)"):
-        session.learn(torch.tensor([0, 1]), torch.tensor([1.0, bad]), "refusal")
+    with pytest.raises(
+        NumericsError, match=r"the refusal_odds of 1 rows is not finite at step 0 \(training rows \[2\]\)"
+    ):
+        session.learn("refusal_odds", torch.tensor([0, 1]), torch.tensor([1.0, bad]))
 
 
 def test_a_row_without_labels_is_not_asked_about():
@@ -625,8 +634,8 @@ def test_a_row_without_labels_is_not_asked_about():
     rows = [row(5, 6, 7), SILENT, row(8, 9)]
     session = Session(Antibody(gate="softmax"), RowIndex(torch.tensor(pad(rows).keys)))
     (batch,) = session.begin_step([pad(rows)])
-    session.learn(batch.slots, torch.tensor([1.0, math.nan, 1.0]), "refusal")
-    assert session.weigh(batch, None).tolist() == [1.0, 1.0, 1.0]
+    session.learn("refusal_odds", batch.slots, torch.tensor([1.0, math.nan, 1.0]))
+    assert session.weigh(batch).tolist() == [1.0, 1.0, 1.0]
     assert torch.isnan(session.state.tensors()["ratio"]).sum() == 1
 
 
@@ -634,21 +643,21 @@ def test_a_step_whose_rows_have_no_labels_has_no_weights():
     for scheduler in (Antibody(), Antibody(gate="softmax"), published()):
         session = Session(scheduler, RowIndex(torch.tensor(pad([row(5, 6)]).keys)))
         (batch,) = session.begin_step([pad([SILENT])])
-        assert session.weigh(batch, None).tolist() == [1.0]
+        assert session.weigh(batch).tolist() == [1.0]
 
 
 def test_a_stream_grows_and_keeps_what_it_knows():
     session = Session(Antibody(), RowIndex(None))
     first, second = pad([row(5, 6, 7), row(8, 9)]), pad([row(8, 9), row(1, 2, 3)])
     (batch,) = session.begin_step([first])
-    session.learn(batch.slots, torch.tensor([2.0, -2.0]), "refusal")
+    session.learn("refusal_odds", batch.slots, torch.tensor([2.0, -2.0]))
     (batch,) = session.begin_step([second])
     assert batch.slots.tolist() == [1, 2]
-    assert session.scheduler.due(session.state, batch.slots).tolist() == [False, True]  # pyright: ignore
+    assert session.due("refusal_odds", batch.slots).tolist() == [False, True]
     assert session.table().column("ratio").to_pylist()[:2] == [2.0, -2.0]
     assert math.isnan(session.table().column("ratio").to_pylist()[2])
-    session.learn(batch.slots, torch.tensor([-2.0, 8.0]), "refusal")
-    assert session.weigh(batch, None).tolist() == [pytest.approx(0.1195, abs=1e-3), 1.0]
+    session.learn("refusal_odds", batch.slots, torch.tensor([-2.0, 8.0]))
+    assert session.weigh(batch).tolist() == [pytest.approx(0.1195, abs=1e-3), 1.0]
 
 
 def test_what_the_table_says():
@@ -675,7 +684,7 @@ def test_a_row_costs_5_bytes():
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_session_goes_on_from_what_it_saved(streaming, tmp_path):
-    """Calibration, looks and the openings chosen included, whose number a new session does not know."""
+    """Calibration and looks included."""
     keys = torch.tensor([30, 10, 20])
     sessions = [Session(Antibody(tau=2.0), RowIndex(None if streaming else keys)) for _ in range(2)]
     first, second = sessions
@@ -684,27 +693,15 @@ def test_a_session_goes_on_from_what_it_saved(streaming, tmp_path):
         first.index.add(keys)
         first._grow()
         state = first.state
-    first.scheduler.calibrate(state, check([8.0, 4.0]))  # pyright: ignore[reportAttributeAccessIssue]
-    first.learn(torch.tensor([0, 2]), torch.tensor([-1.0, 3.5]), "refusal")
-    state.source, state.openings = 1, torch.tensor([0, 3, 7])
+    first.calibrate("refusal_odds", check([8.0, 4.0]))
+    first.learn("refusal_odds", torch.tensor([0, 2]), torch.tensor([-1.0, 3.5]))
     after(Antibody(), state, 5)
     first.save(tmp_path / "s")
     second.load(tmp_path / "s")
     assert same(second.state, first.state)
     found: Any = second.state
-    assert found.openings.tolist() == [0, 3, 7]
-    assert (found.steps, found.verdict, found.source) == (5, FINE, 1)
+    assert (found.steps, found.verdict) == (5, FINE)
     assert torch.equal(second.row_weights(), first.row_weights())
-
-
-def test_only_the_openings_may_have_another_size(tmp_path):
-    """Control for the test above."""
-    session = Session(Antibody(), RowIndex(torch.tensor([30, 10, 20])))
-    state: Any = session.state
-    state.ratio = torch.zeros(4)
-    session.save(tmp_path / "s")
-    with pytest.raises(StateError, match=r"state\.ratio"):
-        Session(Antibody(), RowIndex(torch.tensor([30, 10, 20]))).load(tmp_path / "s")
 
 
 def test_a_state_of_another_ratio_is_not_resumed(tmp_path):
@@ -767,5 +764,6 @@ def test_settings_are_json_and_build_the_same_scheduler():
 def test_only_a_softmax_over_the_step_reads_ahead(options, ahead):
     scheduler = Antibody(**options)
     assert scheduler.reads_ahead == ahead
-    assert scheduler.evidence == "refusal"
-    assert not scheduler.needs_nll
+    (need,) = scheduler.needs
+    assert isinstance(need, RefusalOdds)
+    assert need.ahead == ahead

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from safe_sched.errors import CoverageError, OptionError, StateError
 from safe_sched.estimators.calibration import LIMIT
+from safe_sched.needs import NLL
 from safe_sched.rows.index import RowIndex
-from safe_sched.scheduler import Observation, Scheduler, evidential
-from safe_sched.schedulers import BDS, Antibody, Fixed, NeuralBDS, combine
-from safe_sched.schedulers.antibody import Check
-from safe_sched.schedulers.combined import CLEARS, Combined, Expert
+from safe_sched.scheduler import Observation, Scheduler
+from safe_sched.schedulers import BDS, Antibody, BDSReleased, Fixed, NeuralBDS, combine
+from safe_sched.schedulers.combined import CLEARS, Combined
 from safe_sched.training.session import Session
 from tests.core.batches import laws, pad, row
 from tests.core.runs import same
@@ -36,14 +36,14 @@ def told(bds: Sequence[float], antibody: Sequence[float], scheduler: Combined | 
     """A combination whose experts say this of every row, in nats; nan of Antibody: it was not asked."""
     scheduler = combine(BDS(), Antibody()) if scheduler is None else scheduler
     state = scheduler.init(RowIndex(torch.arange(len(bds)) + 1))
-    (_, first), (_, second) = scheduler.experts(state)
+    first, second = state.parts
     first.log_odds[:] = torch.tensor(list(bds)).half()
     second.ratio[:] = -torch.tensor(list(antibody))  # threshold 0, slope 1
     return scheduler, state
 
 
 def asked(slots: Sequence[int], step: int = 0) -> Observation:
-    return Observation(torch.tensor(slots), torch.ones(len(slots)), torch.full((len(slots),), 3), step)
+    return Observation(torch.tensor(slots), torch.full((len(slots),), 3), step, {"nll": torch.ones(len(slots))})
 
 
 # the product of experts -----------------------------------------------------------------------------------------------
@@ -117,27 +117,18 @@ def test_evidence_against_a_row_outweighs_what_clears_it():
     assert scheduler.columns(state)["p_harmful"].tolist() == [pytest.approx(sigmoid(prior + LIMIT - CLEARS))] * 2
 
 
-class Says:
+class Says(Scheduler[Any]):
     """A scheduler of somebody else's, with an opinion of its own."""
 
     name: ClassVar[str] = "says"
     state_type = Antibody.state_type
-    needs_nll = True
-
-    def settings(self) -> dict[str, object]:
-        return {"name": self.name}
+    needs = (NLL(),)
 
     def init(self, index: RowIndex) -> Any:
         return Antibody().init(index)
 
-    def grow(self, state: Any, index: RowIndex) -> Any:
-        return Antibody().grow(state, index)
-
     def weights(self, state: Any, batch: Observation) -> Tensor:
         return torch.full((batch.slots.numel(),), 0.3)
-
-    def slot_weights(self, state: Any) -> Tensor:
-        return torch.full_like(state.ratio, 0.3)
 
     def update(self, state: Any, step: Observation) -> dict[str, float]:
         return {"steps": float(step.step)}
@@ -150,14 +141,14 @@ def test_a_third_expert_has_the_same_say():
     """4 + 3 - CLEARS = 5 nats: each is held for itself."""
     scheduler = combine(BDS(), Antibody(), Says())
     state = scheduler.init(RowIndex(torch.tensor([1, 2])))
-    (_, first), (_, second), _ = scheduler.experts(state)
+    first, second, _ = state.parts
     first.log_odds[:], second.ratio[:] = 4.0, -3.0
     expected = sigmoid(math.log(9) - 7 + CLEARS) / 0.9
     assert scheduler.weights(state, asked([1])).tolist() == [pytest.approx(expected)]
     assert scheduler.update(state, asked([0], step=3))["says_steps"] == 3.0
     # a plugin without columns still has its weight in the table
     assert [name for name in scheduler.columns(state) if name.startswith("says")] == ["says_weight"]
-    assert scheduler.needs_nll
+    assert [need.name for need in scheduler.needs] == ["probe", "refusal_odds", "nll"]
 
 
 # what each part says --------------------------------------------------------------------------------------------------
@@ -170,16 +161,16 @@ def session_of(scheduler: Any = None, streaming: bool = False) -> Session:
 
 def states(session: Session) -> tuple[Any, Any]:
     """The states of BDS and Antibody."""
-    scheduler: Any = session.scheduler
-    (_, first), (_, second) = scheduler.experts(session.state)
+    state: Any = session.state
+    first, second = state.parts
     return first, second
 
 
 def test_the_table_shows_every_part():
     session = session_of()
     (batch,) = session.begin_step([pad(ROWS)])
-    session.learn(batch.slots[:2], torch.tensor([0.0, 1.0]), "probe")
-    session.learn(batch.slots, torch.tensor([8.0, -1.0, -2.0]), "refusal")
+    session.learn("probe", batch.slots[:2], torch.tensor([0.0, 1.0]))
+    session.learn("refusal_odds", batch.slots, torch.tensor([8.0, -1.0, -2.0]))
     table, own = session.table(), states(session)
     added = ["p_harmful", "bds_weight", "bds_p_harmful", "bds_p_harmful_low", "bds_p_harmful_high", "bds_log_odds"]
     added += ["bds_scored", "antibody_weight", "antibody_p_harmful", "antibody_ratio"]
@@ -202,24 +193,23 @@ def test_scores_go_to_the_expert_that_they_are_for():
     """A probe says nothing of ratios, and a ratio nothing of scores."""
     session = session_of()
     bds, antibody = states(session)
-    session.learn(torch.tensor([0, 1]), torch.tensor([1.0, 0.5]), evidence="probe")
+    session.learn("probe", torch.tensor([0, 1]), torch.tensor([1.0, 0.5]))
     assert bds.scored.tolist() == [1, 1, 0]
     assert torch.isnan(antibody.ratio).all()
     before = bds.log_odds.clone()
-    session.learn(torch.tensor([2, -1]), torch.tensor([4.0, 9.0]), evidence="refusal")
+    session.learn("refusal_odds", torch.tensor([2, -1]), torch.tensor([4.0, 9.0]))
     assert antibody.ratio[2] == 4
     assert torch.isnan(antibody.ratio[:2]).all()
     assert torch.equal(bds.log_odds, before)
     assert bds.scored.tolist() == [1, 1, 0]
-    kinds = [part.evidence for part, _ in evidential(session.scheduler, session.state)]
-    assert kinds == ["probe", "refusal"]
+    assert list(session.needs()) == ["probe", "refusal_odds"]
 
 
 def test_scores_that_no_expert_takes_are_an_option_error():
-    with pytest.raises(OptionError, match="takes no scores"):
-        session_of().learn(torch.tensor([0]), torch.tensor([1.0]), evidence="covariance")
-    with pytest.raises(OptionError, match="takes no scores"):
-        session_of(BDS()).learn(torch.tensor([0]), torch.tensor([1.0]), evidence="refusal")
+    with pytest.raises(OptionError, match="'combined' takes no values of 'covariance'"):
+        session_of().learn("covariance", torch.tensor([0]), torch.tensor([1.0]))
+    with pytest.raises(OptionError, match="'bds' takes no values of 'refusal_odds'"):
+        session_of(BDS()).learn("refusal_odds", torch.tensor([0]), torch.tensor([1.0]))
 
 
 def test_a_row_that_an_expert_was_not_asked_about_stops_the_run():
@@ -232,28 +222,28 @@ def test_a_row_that_an_expert_was_not_asked_about_stops_the_run():
 def test_where_antibody_abstains_bds_decides_alone():
     scheduler = combine(BDS(), Antibody(on_inversion="fallback"))
     state = scheduler.init(RowIndex(KEYS))
-    (_, bds), (part, own) = scheduler.experts(state)
-    bds.log_odds[0] = math.log(9)
-    empty = torch.empty(0)
-    assert isinstance(part, Antibody)
+    state.parts[0].log_odds[0] = math.log(9)
+    known = dict.fromkeys(("refusing", "complying", "others"), torch.empty(0)) | {"refused": torch.tensor([-1.0])}
     with pytest.warns(UserWarning, match="falls back"):
-        part.calibrate(own, Check(torch.tensor([-1.0]), empty, empty, empty))
+        scheduler.calibrate(state, "refusal_odds", known)
     assert scheduler.weights(state, asked([0, 1])).tolist() == pytest.approx([0.5 / 0.9, 1.0], rel=1e-3)
 
 
 def test_every_expert_is_updated_and_names_its_numbers():
-    covariance = BDS(evidence="covariance")
-    scheduler = combine(covariance, Antibody())
-    assert (scheduler.needs_nll, combine(BDS(), Antibody()).needs_nll) == (True, False)
-    state, alone = scheduler.init(RowIndex(KEYS)), covariance.init(RowIndex(KEYS))
+    reference = BDS(evidence="reference", reference="adapter:agnostic")
+    scheduler = combine(reference, Antibody())
+    assert [need.name for need in scheduler.needs] == ["nll", "reference_loss", "refusal_odds"]
+    state, alone = scheduler.init(RowIndex(KEYS)), reference.init(RowIndex(KEYS))
+    bds, antibody = state.parts
+    for own in (bds, alone):
+        own.reference[:] = 1.0
     logged: dict[str, float] = {}
     for number in range(4):
         nll, tokens = torch.tensor([1.0 + number, 2.0]), torch.tensor([3, 3])
-        seen = Observation(torch.tensor([0, 1]), nll, tokens, number, safety_loss=0.5 * number)
+        seen = Observation(torch.tensor([0, 1]), tokens, number, {"nll": nll})
         logged = scheduler.update(state, seen)
-        expected = covariance.update(alone, seen)
+        expected = reference.update(alone, seen)
         assert logged == {f"bds_{name}": value for name, value in expected.items()}
-    (_, bds), (_, antibody) = scheduler.experts(state)
     assert "bds_score_variance" in logged
     assert same(bds, alone)
     assert antibody.steps == 4
@@ -265,24 +255,21 @@ def test_every_expert_is_updated_and_names_its_numbers():
 def train(session: Session, steps: int = 2) -> None:
     for number in range(steps):
         (batch,) = session.begin_step([pad(ROWS)])
-        session.learn(batch.slots, torch.tensor([1.0, 0.1, 0.3 * number]), "probe")
+        session.learn("probe", batch.slots, torch.tensor([1.0, 0.1, 0.3 * number]))
         if not number:
-            session.learn(batch.slots, torch.tensor([-3.0, 5.0, 0.5]), "refusal")
-        session.weigh(batch, None)
+            session.learn("refusal_odds", batch.slots, torch.tensor([-3.0, 5.0, 0.5]))
+        session.weigh(batch)
         session.mark_gated(batch)
         session.end_step()
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_session_goes_on_from_what_it_saved(streaming, tmp_path):
-    """The openings that Antibody chose included, whose number a new session does not know."""
     first, second = session_of(streaming=streaming), session_of(streaming=streaming)
     train(first)
-    states(first)[1].openings = torch.tensor([1, 4])
     first.save(tmp_path / "s")
     second.load(tmp_path / "s", steps=2)
     assert same(second.state, first.state)
-    assert states(second)[1].openings.tolist() == [1, 4]
     assert states(second)[1].steps == 2
     for ours, theirs in zip(states(second), states(first), strict=True):
         assert type(ours) is type(theirs)
@@ -304,21 +291,13 @@ def test_a_state_of_another_combination_is_not_resumed(tmp_path):
             session_of(other).load(tmp_path / "s")
 
 
-def test_only_the_openings_may_have_another_size(tmp_path):
-    session = session_of()
-    states(session)[1].ratio = torch.zeros(5)
-    session.save(tmp_path / "s")
-    with pytest.raises(StateError, match=r"state\.antibody\.ratio"):
-        session_of().load(tmp_path / "s")
-
-
 def test_the_tensors_of_a_state_are_named_after_the_experts():
     scheduler, state = told([1.0, 2.0], [3.0, 4.0])
     tensors = state.tensors()
     assert {name.split(".")[0] for name in tensors} == {"bds", "antibody"}
     assert torch.equal(tensors["antibody.ratio"], torch.tensor([-3.0, -4.0]))
     assert same(scheduler.state_type.from_tensors(tensors), state)
-    assert scheduler.state_type.sized_later == {"antibody.openings"}
+    assert scheduler.state_type.sized_later == frozenset()
 
 
 def test_new_rows_of_a_stream_are_new_to_every_expert():
@@ -327,7 +306,7 @@ def test_new_rows_of_a_stream_are_new_to_every_expert():
     state = scheduler.init(index)
     index.add(KEYS[:2])
     state = scheduler.grow(state, index)
-    (_, bds), (_, antibody) = scheduler.experts(state)
+    bds, antibody = state.parts
     bds.log_odds[:], antibody.ratio[:] = 2.0, -1.0
     index.add(KEYS)
     state = scheduler.grow(state, index)
@@ -338,7 +317,7 @@ def test_new_rows_of_a_stream_are_new_to_every_expert():
 # options --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", [Fixed(), BDS(compat="released"), NeuralBDS()], ids=["fixed", "released", "neural"])
+@pytest.mark.parametrize("other", [Fixed(), BDSReleased(), NeuralBDS()], ids=["fixed", "released", "neural"])
 def test_a_scheduler_without_log_odds_is_refused(other):
     for parts in ((other, Antibody()), (Antibody(), other)):
         with pytest.raises(OptionError, match=f"'{other.name}' cannot be combined: it gives no log-odds; use BDS and"):
@@ -366,4 +345,3 @@ def test_settings_are_json_and_hold_those_of_every_part():
     assert [part["name"] for part in settings["parts"]] == ["bds", "antibody"]
     assert (settings["parts"][0]["max_probes"], settings["parts"][1]["tau"]) == (2, 2.0)
     assert isinstance(scheduler, Scheduler)
-    assert all(isinstance(part, Expert) for part in scheduler.parts)

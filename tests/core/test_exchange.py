@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,7 +14,8 @@ from torch import Tensor
 
 from safe_sched.errors import CoverageError, DataError
 from safe_sched.rows.index import RowIndex
-from safe_sched.schedulers import BDS, Fixed, NeuralBDS
+from safe_sched.schedulers import BDS, BDSReleased, Fixed, NeuralBDS
+from safe_sched.testing import InProcess, on_ranks
 from safe_sched.training.sampling import Draws, Items
 from safe_sched.training.session import Session
 from tests.core.batches import pad, row
@@ -24,40 +23,6 @@ from tests.core.batches import pad, row
 laws = settings(max_examples=10, deadline=None)  # each starts threads
 ROWS = [row(*range(i, i + 3 + i % 3)) for i in range(1, 13)]
 KEYS = torch.tensor(pad(ROWS).keys)
-
-
-class Threads:
-    """What the ranks of one test have in common."""
-
-    def __init__(self, ranks: int) -> None:
-        self.said: list[Any] = [None] * ranks
-        self.barrier = threading.Barrier(ranks, timeout=200)
-
-
-class Joined:
-    """The exchange of one thread with the others."""
-
-    def __init__(self, threads: Threads, rank: int, *, deaf: bool = False) -> None:
-        self._threads, self.rank, self.ranks, self._deaf = threads, rank, len(threads.said), deaf
-
-    def __call__(self, what: str, *mine: Tensor) -> list[tuple[Tensor, ...]]:
-        self._threads.said[self.rank] = what, mine
-        self._threads.barrier.wait()
-        said = list(self._threads.said)
-        self._threads.barrier.wait()
-        assert {name for name, _ in said} == {what}
-        return [tuple(part.clone() for part in (mine if self._deaf else theirs)) for _, theirs in said]
-
-    def fail(self, error: BaseException) -> None:
-        self._threads.barrier.abort()
-
-
-def on_ranks(ranks: int, work: Callable[[Joined], Any], **options: Any) -> list[Any]:
-    """What each rank makes of ``work``."""
-    threads = Threads(ranks)
-    exchanges = [Joined(threads, rank, **options) for rank in range(ranks)]
-    with ThreadPoolExecutor(ranks) as pool:
-        return [done.result() for done in [pool.submit(work, exchange) for exchange in exchanges]]
 
 
 Plan = list[list[list[int]]]  # micro-batches, ranks, rows
@@ -74,10 +39,10 @@ def train(session: Session, plan: Plan, rank: int | None, steps: int = 3) -> dic
         micros = [pad([ROWS[number] for number in rows] or [row(9, prompt=1)]) for rows in mine]
         for batch, rows in zip(session.begin_step(micros), mine, strict=True):
             nll = loss_of(rows, step) if rows else torch.zeros(1)
-            if getattr(session.scheduler, "evidence", None):
-                session.learn(batch.slots, nll / 3)
+            if "probe" in session.needs():
+                session.learn("probe", batch.slots, nll / 3)
             features = torch.stack([nll, nll.square()], 1)
-            expected = session.weigh(batch, nll, mean_tokens=3.0, features=features)
+            expected = session.weigh(batch, {"nll": nll, "hidden_state": features}, mean_tokens=3.0)
             assert torch.equal(expected, batch.factors)
             session.mark_gated(batch)
         session.end_step()
@@ -86,8 +51,8 @@ def train(session: Session, plan: Plan, rank: int | None, steps: int = 3) -> dic
 
 SCHEDULERS: dict[str, Callable[[], Any]] = {
     "fixed": lambda: Fixed([0.1 * i for i in range(len(ROWS))]),
-    "released": lambda: BDS(compat="released", learning_rate=0.1),
-    "probe": lambda: BDS(burn_in=1, draws=4, chains=1),
+    "released": lambda: BDSReleased(learning_rate=0.1),
+    "probe": lambda: BDS(draws=4),
     "neural": NeuralBDS,
 }
 
@@ -101,7 +66,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 def both(name: str, plan: Plan, *, stream: bool = False, deaf: bool = False) -> tuple[list[Any], Any]:
-    def made(exchange: Joined | None) -> Session:
+    def made(exchange: InProcess | None) -> Session:
         index = RowIndex(None if stream else KEYS)
         return Session(SCHEDULERS[name](), index, exchange=exchange)
 
@@ -147,7 +112,7 @@ def test_without_the_exchange_the_ranks_part() -> None:
 def test_each_rank_weighs_its_own_rows() -> None:
     weights = [0.1 * i for i in range(len(ROWS))]
 
-    def work(exchange: Joined) -> list[float]:
+    def work(exchange: InProcess) -> list[float]:
         session = Session(Fixed(weights), RowIndex(KEYS), exchange=exchange)
         mine = [[3, 0], [7]][exchange.rank]
         (batch,) = session.begin_step([pad([ROWS[number] for number in mine])])
@@ -164,7 +129,7 @@ def test_each_rank_weighs_its_own_rows() -> None:
 
 
 def test_a_stand_in_teaches_nothing() -> None:
-    def work(exchange: Joined) -> tuple[list[float], int]:
+    def work(exchange: InProcess) -> tuple[list[float], int]:
         session = Session(Fixed(), RowIndex(KEYS), exchange=exchange)
         (batch,) = session.begin_step([pad([ROWS[exchange.rank]])], [exchange.rank == 1])
         session.weigh(batch, None)
@@ -176,7 +141,7 @@ def test_a_stand_in_teaches_nothing() -> None:
 
 
 def test_ranks_with_different_numbers_of_micro_batches_stop() -> None:
-    def work(exchange: Joined) -> str:
+    def work(exchange: InProcess) -> str:
         session = Session(Fixed(), RowIndex(KEYS), exchange=exchange)
         with pytest.raises(CoverageError) as raised:
             session.begin_step([pad([ROWS[0]])] * (1 + exchange.rank))
@@ -190,7 +155,7 @@ def test_ranks_with_different_numbers_of_micro_batches_stop() -> None:
     [(KEYS[:-1], "rank 1 does not have the options or rows"), (KEYS.flip(0), "rank 1 does not have the order of rows")],
 )
 def test_ranks_with_other_rows_stop(rows: Tensor, match: str) -> None:
-    def work(exchange: Joined) -> None:
+    def work(exchange: InProcess) -> None:
         session = Session(Fixed(), RowIndex(rows if exchange.rank else KEYS), exchange=exchange)
         with pytest.raises(DataError, match=match):
             session.require_same()
@@ -199,7 +164,7 @@ def test_ranks_with_other_rows_stop(rows: Tensor, match: str) -> None:
 
 
 def test_ranks_with_other_saved_states_stop() -> None:
-    def work(exchange: Joined) -> None:
+    def work(exchange: InProcess) -> None:
         session = Session(Fixed(), RowIndex(KEYS), exchange=exchange)
         session.seen[3] += exchange.rank
         with pytest.raises(DataError, match="rank 1 does not have the saved state of rank 0"):

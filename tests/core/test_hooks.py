@@ -66,7 +66,7 @@ def test_a_plugin_adds_a_scheduler_by_name(install: Any) -> None:
     with pytest.raises(OptionError, match=r"unknown scheduler 'halve' \(did you mean 'half'\?\); allowed: 'anti"):
         build("halve")
     install()  # negative control
-    with pytest.raises(OptionError, match="unknown scheduler 'half'; allowed: 'antibody', 'bds', 'fixed'"):
+    with pytest.raises(OptionError, match="unknown scheduler 'half'; allowed: 'antibody', 'bds', 'bds_released'"):
         build("half")
 
 

@@ -16,16 +16,16 @@ from safe_sched.errors import DataError, OptionError, StateError
 from safe_sched.estimators.head import BIAS, Head, Scorer, expected_sigmoid
 from safe_sched.estimators.sgld import normal
 from safe_sched.rows.index import RowIndex
-from safe_sched.scheduler import Evidential, Observation, Scheduler
+from safe_sched.scheduler import Observation
 from safe_sched.schedulers.neural import NeuralState
 from safe_sched.training.session import Session
 
 HEADS = ["linear", "mlp"]
-ENERGIES = ["mixture", "weights"]
 
 
 def seen(slots: Tensor, features: Tensor | None, step: int = 0) -> Observation:
-    return Observation(slots, None, torch.ones(slots.numel(), dtype=torch.long), step, features=features)
+    measured = {} if features is None else {"hidden_state": features}
+    return Observation(slots, torch.ones(slots.numel(), dtype=torch.long), step, measured)
 
 
 class World:
@@ -55,8 +55,8 @@ class World:
         state, rows = scheduler.init(self.index), self.index.slots
         for number in range(steps):
             chosen = torch.randperm(rows, generator=self.random)[:batch]
-            due = scheduler.due(state, chosen) & (chosen < (rows if measured is None else measured))
-            scheduler.learn(state, chosen[due], self.scores(chosen[due], wrong))
+            due = scheduler.due(state, "probe", chosen) & (chosen < (rows if measured is None else measured))
+            scheduler.learn(state, "probe", chosen[due], self.scores(chosen[due], wrong))
             step = seen(chosen, self.features[chosen], number)
             scheduler.weights(state, step)
             scheduler.update(state, step)
@@ -86,12 +86,12 @@ def slow_logit(head: Head, phi: Tensor, u: Tensor) -> Tensor:
     return head.std * 1.22 * total / math.sqrt(hidden) + BIAS * phi[-1]
 
 
-def slow_energy(scheduler: NeuralBDS, head: Head, phi: Tensor, prior: Tensor, u: Tensor, evidence: Tensor) -> Tensor:
+def slow_energy(head: Head, phi: Tensor, prior: Tensor, u: Tensor, evidence: Tensor) -> Tensor:
     """U(phi) of one chain, as the module's docstring writes it."""
     total = (phi - prior).square().sum() / 2
     for row, e in zip(u, evidence, strict=True):
         benign = torch.sigmoid(slow_logit(head, phi, row))
-        total = total + (e * benign if scheduler.energy == "weights" else -torch.log(benign + (1 - benign) * e.exp()))
+        total = total - torch.log(benign + (1 - benign) * e.exp())
     return total
 
 
@@ -105,38 +105,27 @@ def problem(kind: Any, width: int = 5, rows: int = 7, chains: int = 4) -> tuple[
 
 
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("energy", ENERGIES)
-def test_the_gradient_of_the_energy_is_that_of_a_slow_loop_by_autograd(kind: Any, energy: Any) -> None:
-    scheduler = NeuralBDS(head=kind, energy=energy)
+def test_the_gradient_of_the_energy_is_that_of_a_slow_loop_by_autograd(kind: Any) -> None:
+    scheduler = NeuralBDS(head=kind)
     head, phi, prior, u, evidence = problem(kind)
     found = scheduler.gradient(head, phi, prior, u, evidence[:, None])
     for chain in range(phi.shape[1]):
         one = phi[:, chain].clone().requires_grad_()
-        slow_energy(scheduler, head, one, prior, u, evidence).backward()
+        slow_energy(head, one, prior, u, evidence).backward()
         assert one.grad is not None
         torch.testing.assert_close(found[:, chain], one.grad)
-    # control: another energy has another gradient
-    other = NeuralBDS(head=kind, energy="weights" if energy == "mixture" else "mixture")
-    assert (other.gradient(head, phi, prior, u, evidence[:, None]) - found).abs().max() > 0.1
+    # control: other evidence has another gradient
+    assert (scheduler.gradient(head, phi, prior, u, 1 + evidence[:, None]) - found).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("energy", ENERGIES)
-def test_the_energy_of_many_rows_is_that_of_the_slow_loop(kind: Any, energy: Any) -> None:
-    scheduler = NeuralBDS(head=kind, energy=energy)
+def test_the_energy_of_many_rows_is_that_of_the_slow_loop(kind: Any) -> None:
+    scheduler = NeuralBDS(head=kind)
     head, phi, prior, u, evidence = problem(kind)
     rows = scheduler.energy_of(head.logits(phi, u), evidence[:, None]).sum(0)
     found = rows + (phi - prior[:, None]).square().sum(0) / 2
-    expected = [slow_energy(scheduler, head, phi[:, c], prior, u, evidence) for c in range(phi.shape[1])]
+    expected = [slow_energy(head, phi[:, c], prior, u, evidence) for c in range(phi.shape[1])]
     torch.testing.assert_close(found, torch.stack(expected))
-
-
-def test_both_energies_agree_where_the_head_is_certain() -> None:
-    """sigmoid(z) = 1: E and 0, up to the constant E; sigmoid(z) = 0: 0 and -E."""
-    evidence, certain = torch.tensor([-3.0, 0.5, 4.0]), torch.tensor([60.0])
-    mixture, weights = NeuralBDS(), NeuralBDS(energy="weights")
-    for z in (certain, -certain):
-        torch.testing.assert_close(mixture.energy_of(z, evidence), weights.energy_of(z, evidence) - evidence)
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -146,7 +135,7 @@ def test_an_update_is_the_slow_loop_of_sgld_over_the_remembered_rows(kind: Any, 
     scheduler = NeuralBDS(head=kind, temperature=temperature, chains=4, head_steps=3, seed=5)
     world = World(rows=12, width=6)
     state = scheduler.init(world.index)
-    scheduler.learn(state, torch.arange(8), world.scores(torch.arange(8), 0.0))
+    scheduler.learn(state, "probe", torch.arange(8), world.scores(torch.arange(8), 0.0))
     first, all_rows = torch.arange(4), torch.arange(12)
     scheduler.update(state, seen(first, world.features[first]))
     phi, done = state.phi.double(), state.trained
@@ -170,7 +159,7 @@ def test_an_update_is_the_slow_loop_of_sgld_over_the_remembered_rows(kind: Any, 
         one = phi[:, chain].clone()
         for k in range(3):
             at = one.clone().requires_grad_()
-            slow_energy(scheduler, head, at, state.prior.double(), u, evidence).backward()
+            slow_energy(head, at, state.prior.double(), u, evidence).backward()
             assert at.grad is not None
             xi = noise[k, :, chain % 2] * (sign if chain >= 2 else 1)
             one = one - step_of * at.grad + math.sqrt(2 * temperature * step_of) * xi
@@ -274,8 +263,8 @@ def test_scores_that_were_noise_at_first_are_outweighed_later() -> None:
             world.harmful = meaning
         chosen = torch.randint(0, 400, (16,), generator=world.random) if number >= 20 else torch.arange(16)
         chosen = torch.unique(chosen)
-        due = scheduler.due(state, chosen)
-        scheduler.learn(state, chosen[due], world.scores(chosen[due], 0.0))
+        due = scheduler.due(state, "probe", chosen)
+        scheduler.learn(state, "probe", chosen[due], world.scores(chosen[due], 0.0))
         scheduler.update(state, seen(chosen, world.features[chosen], number))
     weight = world.weights(scheduler, state)[400:]
     assert weight[meaning[400:]].mean() < 0.2
@@ -330,15 +319,16 @@ def test_a_row_costs_9_bytes_more_than_without_a_head() -> None:
 def test_probe_share_picks_that_share_of_rows_and_always_the_same() -> None:
     scheduler = NeuralBDS(probe_share=0.2)
     state = scheduler.init(RowIndex(torch.arange(5000)))
-    due = scheduler.due(state, torch.arange(5000))
+    due = scheduler.due(state, "probe", torch.arange(5000))
     assert due.float().mean() == pytest.approx(0.2, abs=0.02)
     some = torch.tensor([17, 4000, 3])
-    assert torch.equal(scheduler.due(state, some), due[some])
-    assert not torch.equal(due, NeuralBDS(probe_share=0.2, seed=1).due(state, torch.arange(5000)))
+    assert torch.equal(scheduler.due(state, "probe", some), due[some])
+    assert not torch.equal(due, NeuralBDS(probe_share=0.2, seed=1).due(state, "probe", torch.arange(5000)))
     assert (
-        scheduler.due(state, torch.arange(5000)).sum() > NeuralBDS(probe_share=0.0).due(state, torch.arange(5000)).sum()
+        scheduler.due(state, "probe", torch.arange(5000)).sum()
+        > NeuralBDS(probe_share=0.0).due(state, "probe", torch.arange(5000)).sum()
     )
-    assert NeuralBDS().due(state, torch.arange(5000)).all()
+    assert NeuralBDS().due(state, "probe", torch.arange(5000)).all()
 
 
 def test_a_row_that_the_head_is_certain_of_is_not_due_but_for_the_audit() -> None:
@@ -348,7 +338,7 @@ def test_a_row_that_the_head_is_certain_of_is_not_due_but_for_the_audit() -> Non
     p = scheduler.columns(state)["p_harmful"][unmeasured]
     certain = state.known[unmeasured] & ((p < 0.04) | (p > 0.96))
     assert certain.sum() > 100
-    due = scheduler.due(state, unmeasured)
+    due = scheduler.due(state, "probe", unmeasured)
     assert 0 < due[certain].float().mean() < 0.12
     assert due[~state.known[unmeasured]].all()
     undecided = state.known[unmeasured] & (p > 0.3) & (p < 0.7)
@@ -361,30 +351,7 @@ def test_no_row_is_measured_more_often_than_max_probes() -> None:
     assert int(state.scored.max()) == 2
 
 
-def test_evidence_that_needs_no_probe_is_left_to_bds() -> None:
-    """The covariance of losses with the safety loss scores rows in update; then the head learns in the same update."""
-    world, scheduler = World(rows=8), NeuralBDS(evidence="covariance")
-    assert scheduler.needs_nll
-    state = scheduler.init(world.index)
-    for number in range(4):
-        step = dataclasses.replace(
-            seen(torch.arange(8), world.features, number), nll=torch.rand(8, generator=world.random), safety_loss=number
-        )
-        assert not scheduler.due(state, step.slots).any()
-        scheduler.update(state, step)
-    assert (state.scored > 0).all()
-    assert state.remembered.numel() == 8
-
-
 # state ----------------------------------------------------------------------------------------------------------------
-
-
-def test_it_keeps_the_protocols() -> None:
-    scheduler = NeuralBDS()
-    assert isinstance(scheduler, Scheduler)
-    assert isinstance(scheduler, Evidential)
-    assert scheduler.needs_features
-    assert not getattr(BDS(), "needs_features", False)
 
 
 def test_the_same_run_twice_is_the_same_and_another_seed_another() -> None:
@@ -404,7 +371,7 @@ def test_a_step_in_micro_batches_and_in_another_order_is_the_step_in_one() -> No
         cut = [seen(rows[p], world.features[rows[p]], number) for p in (slice(0, number), slice(number, None))]
         backwards = seen(rows.flip(0), world.features[rows.flip(0)], number)
         for state, x, y in ((whole, rows, scores), (parts, rows, scores), (turned, rows.flip(0), scores.flip(0))):
-            scheduler.learn(state, x, y)
+            scheduler.learn(state, "probe", x, y)
         weights = torch.cat([scheduler.weights(parts, piece) for piece in cut])
         torch.testing.assert_close(weights, scheduler.weights(whole, step), rtol=1e-5, atol=1e-6)
         for state, told in ((whole, step), (parts, Observation.concatenate(cut)), (turned, backwards)):
@@ -439,7 +406,7 @@ def test_the_memory_is_bounded_and_holds_the_last_scored_rows_once_each() -> Non
     state = scheduler.init(world.index)
     for number in range(12):
         rows = torch.arange(10 * number, 10 * number + 10)
-        scheduler.learn(state, rows[:8], world.scores(rows[:8], 0.0))
+        scheduler.learn(state, "probe", rows[:8], world.scores(rows[:8], 0.0))
         both = torch.cat([rows, rows[:3]])  # rows that come twice in a step
         scheduler.update(state, seen(both, world.features[both], number))
         assert state.memory.shape[0] == state.remembered.numel() <= 32
@@ -456,7 +423,7 @@ def test_the_memory_is_bounded_and_holds_the_last_scored_rows_once_each() -> Non
 def test_more_rows_in_a_step_than_the_memory_holds() -> None:
     world, scheduler = World(), NeuralBDS(memory=7)
     state = scheduler.init(world.index)
-    scheduler.learn(state, torch.arange(20), world.scores(torch.arange(20), 0.0))
+    scheduler.learn(state, "probe", torch.arange(20), world.scores(torch.arange(20), 0.0))
     scheduler.update(state, seen(torch.arange(20), world.features[:20]))
     assert sorted(state.remembered.tolist()) == list(range(13, 20))
 
@@ -465,10 +432,10 @@ def test_an_update_recalls_a_bounded_number_of_rows_and_each_stands_for_others()
     """Over many updates every row is recalled alike, and the mean of the gradients is that of all rows."""
     world, scheduler = World(), NeuralBDS(recall=25)
     state = scheduler.init(world.index)
-    scheduler.learn(state, torch.arange(100), world.scores(torch.arange(100), 0.0))
+    scheduler.learn(state, "probe", torch.arange(100), world.scores(torch.arange(100), 0.0))
     scheduler.update(state, seen(torch.arange(100), world.features[:100]))
     head, phi = scheduler._head(state), state.phi
-    u, evidence = head.read(state.memory, *scheduler._moments(state)), scheduler._evidence(state)[:, None]
+    u, evidence = head.read(state.memory, *scheduler._moments(state)), state.log_odds[state.remembered].float()[:, None]
     times, mean = torch.zeros(100), torch.zeros_like(phi)
     for number in range(800):
         state.trained = 8 * number
@@ -504,7 +471,7 @@ def test_a_run_that_stops_and_resumes_is_the_run_that_does_not(stop: int, tmp_pa
     def go(session: Session, first: int, last: int) -> None:
         for number in range(first, last):
             rows = torch.arange(5 * number, 5 * number + 10) % 40
-            session.scheduler.learn(session.state, rows, world.harmful[rows].float())  # pyright: ignore
+            session.scheduler.learn(session.state, "probe", rows, world.harmful[rows].float())  # pyright: ignore
             session.scheduler.update(session.state, seen(rows, world.features[rows], number))
 
     through, before, after = (Session(NeuralBDS(), world.index) for _ in range(3))
@@ -533,7 +500,7 @@ def test_rows_of_a_stream_start_where_all_rows_started() -> None:
         state = scheduler.grow(state, index)
         assert scheduler.slot_weights(state)[10 * number :].tolist() == pytest.approx([1.0] * 10)
         rows = torch.arange(10 * number, 10 * number + 10)
-        scheduler.learn(state, rows, world.scores(rows, 0.0))
+        scheduler.learn(state, "probe", rows, world.scores(rows, 0.0))
         scheduler.update(state, seen(rows, world.features[rows], number))
     assert state.known.numel() == state.log_odds.numel() == 60
 

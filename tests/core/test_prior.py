@@ -14,6 +14,7 @@ from safe_sched.errors import DataError, OptionError
 from safe_sched.estimators.prior import RowPrior
 from safe_sched.rows.index import RowIndex
 from safe_sched.scheduler import Observation
+from safe_sched.schedulers import BDSReleased, bds
 from safe_sched.schedulers.combined import combine
 from safe_sched.training.session import Session
 
@@ -74,13 +75,16 @@ def test_before_any_score_a_row_has_the_weight_of_its_prior():
     assert max(expected) - min(expected) > 0.5  # there was something to tell apart
 
 
-def test_scores_add_to_it():
+def test_scores_add_to_it(monkeypatch):
     """The posterior is that of the sum of both. Control: without the prior, the same scores give another."""
-    scheduler = BDS(prior="gaussian", draws=1000, chains=64, burn_in=200)
+    monkeypatch.setattr(BDS, "share_log_odds", lambda self, judged: 0.0)
+    monkeypatch.setattr(bds, "_CHAINS", 64)
+    monkeypatch.setattr(bds, "_BURN_IN", 200)
+    scheduler = BDS(draws=1000)
     found = []
     for p in (P, None):
         session = begun(scheduler, p)
-        session.learn(torch.arange(5), torch.tensor([0.1, 1.0, 0.2, 0.9, 0.4]))
+        session.learn("probe", torch.arange(5), torch.tensor([0.1, 1.0, 0.2, 0.9, 0.4]))
         found.append(session.table().to_pydict())
     with_prior, without = found
     assert with_prior["log_odds"] == without["log_odds"]
@@ -91,10 +95,9 @@ def test_scores_add_to_it():
     assert np.abs(np.subtract(with_prior["p_harmful"], without["p_harmful"])).max() > 0.1
 
 
-@pytest.mark.parametrize("evidence", ["probe", "covariance"])
-def test_the_neural_scheduler_adds_it_to_the_heads_log_odds(evidence):
+def test_the_neural_scheduler_adds_it_to_the_heads_log_odds():
     """Before the head knows anything: the mean of sigmoid(z - a) over z, by a plain sum, over that at a = 0."""
-    scheduler = NeuralBDS(evidence=evidence)
+    scheduler = NeuralBDS()
     session = begun(scheduler)
     state: Any = session.state
     mean, std = float(state.logit[0]), math.sqrt(float(state.spread[0]))
@@ -109,16 +112,16 @@ def test_fixed_takes_one_minus_the_probability():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.7, 1.0])
-@pytest.mark.parametrize("make", [BDS, NeuralBDS, lambda: NeuralBDS(energy="weights")])
+@pytest.mark.parametrize("make", [BDS, NeuralBDS])
 def test_where_all_rows_have_the_same_it_changes_nothing(make, p):
     """Bit for bit, through scores and steps. Control: one row with another p does."""
 
     def after(given: list[float] | None) -> dict[str, torch.Tensor]:
         session = begun(make(), given)
         for step in range(4):
-            session.learn(torch.arange(5), torch.tensor([0.1, 1.0, 0.2, 0.9, 0.4]))
+            session.learn("probe", torch.arange(5), torch.tensor([0.1, 1.0, 0.2, 0.9, 0.4]))
             features = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
-            seen = Observation(torch.arange(5), None, torch.ones(5, dtype=torch.long), step, features=features)
+            seen = Observation(torch.arange(5), torch.ones(5, dtype=torch.long), step, {"hidden_state": features})
             session.scheduler.update(session.state, seen)
         found = session.state.tensors() | {"weight": session.row_weights()}
         return {name: value for name, value in found.items() if name != "row_prior"}
@@ -131,7 +134,7 @@ def test_where_all_rows_have_the_same_it_changes_nothing(make, p):
 def test_rows_with_a_prior_are_measured_all_the_same():
     scheduler = BDS()
     session = begun(scheduler, [0.0001, 0.9999, 0.2, 0.2, 0.2])
-    assert scheduler.due(session.state, torch.arange(5)).all()
+    assert scheduler.due(session.state, "probe", torch.arange(5)).all()
 
 
 def test_rows_of_one_content_share_the_mean():
@@ -155,9 +158,7 @@ def test_its_name_tells_priors_apart_and_not_orders():
         (BDS(), [0.1, math.nan, 0.2, math.nan, 0.3], DataError, r"2 of 5 training rows.*first: row 1, nan.*take them"),
         (BDS(), [0.1, 1.5, 0.2, 0.1, 0.3], DataError, r"row 1, 1\.5\); allowed: a number from 0 to 1"),
         (BDS(), [0.1, -0.1, 0.2, 0.1, 0.3], DataError, "allowed: a number from 0 to 1"),
-        (BDS(transform="softmax"), P, OptionError, 'use transform="sigmoid"'),
-        (BDS(transform="identity"), P, OptionError, 'use transform="sigmoid"'),
-        (BDS(compat="released"), P, OptionError, "the released rule"),
+        (BDSReleased(), P, OptionError, "'bds_released' takes no prior; use BDS"),
         (Fixed([1.0] * 5), P, OptionError, r"use Fixed\(\) with the prior"),
         (Antibody(), P, OptionError, "'antibody' takes no prior; use BDS"),
         (combine(BDS(), Antibody()), P, OptionError, "'combined' takes no prior"),

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from safe_sched.errors import OptionError, StateError
+from safe_sched.needs import NLL
 from safe_sched.rows.index import RowIndex
 from safe_sched.scheduler import Observation
-from safe_sched.schedulers import BDS, Fixed
+from safe_sched.schedulers import BDS, BDSReleased, Fixed
 from safe_sched.schedulers import bds_released as released
-from safe_sched.schedulers.bds_released import Released
-from safe_sched.schedulers.options import settings_of
 from safe_sched.training.session import Session
-from tests.core.runs import DISTINCT, DUPLICATED, observe, over_duplicates, run, same, steps_of
+from tests.core.runs import DISTINCT, DUPLICATED, observe, over_duplicates, run, steps_of
 
 # mean weight ----------------------------------------------------------------------------------------------------------
 
@@ -26,7 +25,7 @@ from tests.core.runs import DISTINCT, DUPLICATED, observe, over_duplicates, run,
 @over_duplicates
 def test_softmax_weights_have_mean_1_over_the_rows(options, keys):
     """Sum of N * softmax over the N rows is N, a row that occurs three times counting three times."""
-    session = Session(BDS(compat="released", **options), RowIndex(torch.tensor(keys)))
+    session = Session(BDSReleased(**options), RowIndex(torch.tensor(keys)))
     for step in steps_of(session.index, keys, 30):
         assert session.row_weights().double().mean().item() == pytest.approx(1, abs=1e-6)
         session.scheduler.update(session.state, step)
@@ -35,11 +34,11 @@ def test_softmax_weights_have_mean_1_over_the_rows(options, keys):
 
 def test_a_mean_over_slots_would_be_noticed():
     """Control: over distinct rows the mean is not 1 where rows are duplicated; nor is that of other transforms."""
-    session = Session(BDS(compat="released", learning_rate=0.2), RowIndex(torch.tensor(DUPLICATED)))
+    session = Session(BDSReleased(learning_rate=0.2), RowIndex(torch.tensor(DUPLICATED)))
     for step in steps_of(session.index, DUPLICATED, 10):
         session.scheduler.update(session.state, step)
     assert abs(session.scheduler.slot_weights(session.state).mean().item() - 1) > 0.01
-    other = Session(BDS(compat="released", transform="sigmoid", learning_rate=0.2), RowIndex(torch.tensor(DISTINCT)))
+    other = Session(BDSReleased(transform="sigmoid", learning_rate=0.2), RowIndex(torch.tensor(DISTINCT)))
     for step in steps_of(other.index, DISTINCT, 10):
         other.scheduler.update(other.state, step)
     assert abs(other.row_weights().mean().item() - 1) > 0.01
@@ -53,10 +52,10 @@ def test_weights_before_the_first_step_are_the_transform_of_the_first_logit(keys
     def first(scheduler: Any) -> list[float]:
         return scheduler.slot_weights(scheduler.init(index)).tolist()
 
-    assert first(BDS(compat="released")) == pytest.approx([1.0] * index.slots, abs=1e-6)
-    assert first(BDS(compat="released", transform="sigmoid", initial_logit=0.0)) == [1.0] * index.slots
-    assert first(BDS(compat="released", transform="identity", initial_logit=0.75)) == [0.75] * index.slots
-    assert first(BDS(compat="released", transform="identity", initial_logit=-0.75)) == [0.0] * index.slots
+    assert first(BDSReleased()) == pytest.approx([1.0] * index.slots, abs=1e-6)
+    assert first(BDSReleased(transform="sigmoid", initial_logit=0.0)) == [1.0] * index.slots
+    assert first(BDSReleased(transform="identity", initial_logit=0.75)) == [0.75] * index.slots
+    assert first(BDSReleased(transform="identity", initial_logit=-0.75)) == [0.0] * index.slots
     assert first(Fixed()) == [1.0] * index.slots
 
 
@@ -71,7 +70,7 @@ class SlowBDS:
         w = N * softmax(z[slot_of_row]),   L_z = (1/|U|) * sum_{i in U} w_i * nll_i,   AdamW without decay on z
     """
 
-    def __init__(self, slot_of_row: Tensor, scheduler: Released) -> None:
+    def __init__(self, slot_of_row: Tensor, scheduler: BDSReleased) -> None:
         self.slot_of_row = slot_of_row.long()
         self.transform = scheduler.transform
         self.options = {"lr": scheduler.learning_rate, "betas": scheduler.betas, "eps": scheduler.eps}
@@ -93,9 +92,8 @@ class SlowBDS:
         return weights.scatter_(0, self.slot_of_row, self.row_weights().detach())
 
     def update(self, step: Observation) -> None:
-        assert step.nll is not None
         weight_of_slot = {int(s): w for s, w in zip(self.slot_of_row, self.row_weights(), strict=True)}
-        terms = [weight_of_slot[int(s)] * float(n) for s, n in zip(step.slots, step.nll, strict=True)]
+        terms = [weight_of_slot[int(s)] * float(n) for s, n in zip(step.slots, step["nll"], strict=True)]
         self.optimizer.zero_grad()
         (sum(terms) / len(terms)).backward()
         self.optimizer.step()
@@ -120,23 +118,18 @@ def random_keys(rows: int, duplicates: bool) -> list[int]:
 
 
 TRANSFORMS = [
-    Released(),
-    Released(learning_rate=0.05, betas=(0.8, 0.9), eps=1e-6, initial_logit=-1.0),
-    Released(transform="sigmoid", learning_rate=0.05),
-    Released(transform="identity", learning_rate=0.02, initial_logit=0.3),
+    BDSReleased(),
+    BDSReleased(learning_rate=0.05, betas=(0.8, 0.9), eps=1e-6, initial_logit=-1.0),
+    BDSReleased(transform="sigmoid", learning_rate=0.05),
+    BDSReleased(transform="identity", learning_rate=0.02, initial_logit=0.3),
 ]
 
 
-def as_bds(rule: Released) -> BDS:
-    """The same rule as a user asks for it."""
-    return BDS(compat="released", **{name: value for name, value in settings_of(rule).items() if name != "name"})
-
-
-def after_50_steps(rule: Released, keys: list[int]) -> tuple[Tensor, Tensor]:
+def after_50_steps(rule: BDSReleased, keys: list[int]) -> tuple[Tensor, Tensor]:
     """Weights of every slot, ours and the slow loop's."""
     index = RowIndex(torch.tensor(keys))
     assert index.row_slots is not None
-    slow, scheduler = SlowBDS(index.row_slots, rule), as_bds(rule)
+    slow, scheduler = SlowBDS(index.row_slots, rule), rule
     state = scheduler.init(index)
     for step in steps_of(index, keys, 50, size=4):
         scheduler.update(state, step)
@@ -154,24 +147,24 @@ def test_the_rule_is_autograd_and_adamw_on_the_loss_of_the_paper(scheduler, dupl
     assert expected.std() > 0.02
 
 
-def without_counts(self: Released, state: Any, slots: Tensor, loss: Tensor) -> tuple[Tensor, float]:
+def without_counts(self: BDSReleased, state: Any, slots: Tensor, loss: Tensor) -> tuple[Tensor, float]:
     pi = torch.exp(state.logits[slots].double() - state.log_total)
     total = float((pi * loss).sum())
     return state.rows * pi * (loss - total), -state.rows * total
 
 
-def without_the_other_rows(self: Released, state: Any, slots: Tensor, loss: Tensor) -> tuple[Tensor, float]:
+def without_the_other_rows(self: BDSReleased, state: Any, slots: Tensor, loss: Tensor) -> tuple[Tensor, float]:
     gradient, _ = GRADIENT(self, state, slots, loss)
     return gradient, 0.0
 
 
-def sum_over_the_batch(self: Released, state: Any, slots: Tensor, loss: Tensor) -> tuple[Tensor, float]:
+def sum_over_the_batch(self: BDSReleased, state: Any, slots: Tensor, loss: Tensor) -> tuple[Tensor, float]:
     """Twice the gradient in all: AdamW forgives a factor, but not at this eps."""
     gradient, spread = GRADIENT(self, state, slots, loss)
     return 2 * gradient, 2 * spread
 
 
-GRADIENT = Released._batch_gradient
+GRADIENT = BDSReleased._batch_gradient
 
 
 @pytest.mark.parametrize(
@@ -179,9 +172,9 @@ GRADIENT = Released._batch_gradient
 )
 def test_a_wrong_gradient_of_bds_would_be_noticed(wrong, duplicates, monkeypatch):
     """Control: counts forgotten, rows outside the step left still, and the mean over the step taken as a sum."""
-    scheduler = Released(learning_rate=0.05, eps=1e-2)
+    scheduler = BDSReleased(learning_rate=0.05, eps=1e-2)
     after_50_steps(scheduler, random_keys(24, duplicates))
-    monkeypatch.setattr(Released, "_batch_gradient", wrong)
+    monkeypatch.setattr(BDSReleased, "_batch_gradient", wrong)
     with pytest.raises(AssertionError):
         after_50_steps(scheduler, random_keys(24, duplicates))
 
@@ -190,9 +183,11 @@ def test_the_first_step_of_bds_moves_every_logit_by_the_learning_rate():
     """By hand. N = 4, U = {0, 1}, nll = (2, 1), z equal, so pi = 1/4 and dz_j = (4/4/2) * (1[j in U] nll_j - 3/4):
     +0.625, +0.125, -0.375, -0.375. AdamW's first step is -lr * sign(dz): -lr, -lr, +lr, +lr.
     """
-    scheduler = BDS(compat="released", learning_rate=0.01)
+    scheduler = BDSReleased(learning_rate=0.01)
     state = scheduler.init(RowIndex(torch.tensor([1, 2, 3, 4])))
-    scheduler.update(state, Observation(torch.tensor([0, 1]), torch.tensor([2.0, 1.0]), torch.tensor([3, 3]), 0))
+    scheduler.update(
+        state, Observation(torch.tensor([0, 1]), torch.tensor([3, 3]), 0, {"nll": torch.tensor([2.0, 1.0])})
+    )
     torch.testing.assert_close(state.logits, torch.tensor([0.09, 0.09, 0.11, 0.11]))
     torch.testing.assert_close(state.mean, 0.1 * torch.tensor([0.625, 0.125, -0.375, -0.375]))
     torch.testing.assert_close(state.square, 0.05 * torch.tensor([0.625, 0.125, -0.375, -0.375]) ** 2)
@@ -202,9 +197,11 @@ def test_the_gradient_of_a_duplicated_row_in_closed_form():
     """By hand. Rows a, a, b: N = 3, z equal, pi = 1/3. U = {a, a}, nll = (2, 1), so per slot (1/|U|) sum nll = 3/2 and
     sum_U pi nll / |U| = 1/2. dz_a = 3 * 1/3 * (3/2 - 2 * 1/2) = 1/2, dz_b = -3 * 1/3 * 1/2 = -1/2.
     """
-    scheduler = BDS(compat="released")
+    scheduler = BDSReleased()
     state = scheduler.init(RowIndex(torch.tensor([7, 7, 9])))
-    scheduler.update(state, Observation(torch.tensor([0, 0]), torch.tensor([2.0, 1.0]), torch.tensor([3, 3]), 0))
+    scheduler.update(
+        state, Observation(torch.tensor([0, 0]), torch.tensor([3, 3]), 0, {"nll": torch.tensor([2.0, 1.0])})
+    )
     torch.testing.assert_close(state.mean, 0.1 * torch.tensor([0.5, -0.5]))
 
 
@@ -227,22 +224,22 @@ def test_rows_in_many_chunks_are_rows_in_one(chunk, duplicates, scheduler, monke
 def test_a_chunk_that_is_left_out_would_be_noticed(monkeypatch):
     """Control: an update that reaches only the first chunk differs from the slow loop."""
     monkeypatch.setattr(released, "_CHUNK", 10)
-    reached = Released._adam
+    reached = BDSReleased._adam
 
-    def first_chunk_only(self: Released, state: Any, gradient: Tensor, logits: Tensor, *moments: Tensor) -> None:
+    def first_chunk_only(self: BDSReleased, state: Any, gradient: Tensor, logits: Tensor, *moments: Tensor) -> None:
         if logits.storage_offset() == 0:
             reached(self, state, gradient, logits, *moments)
 
-    monkeypatch.setattr(Released, "_adam", first_chunk_only)
+    monkeypatch.setattr(BDSReleased, "_adam", first_chunk_only)
     with pytest.raises(AssertionError):
-        after_50_steps(Released(learning_rate=0.05), random_keys(24, False))
+        after_50_steps(BDSReleased(learning_rate=0.05), random_keys(24, False))
 
 
 def test_the_higher_loss_loses_weight():
     """The released rule's direction: of two rows that are always seen together, the harder one falls."""
-    session = Session(BDS(compat="released", learning_rate=0.05), RowIndex(torch.tensor([1, 2])))
+    session = Session(BDSReleased(learning_rate=0.05), RowIndex(torch.tensor([1, 2])))
     for step in range(20):
-        seen = Observation(torch.tensor([0, 1]), torch.tensor([2.0, 0.5]), torch.tensor([3, 3]), step)
+        seen = Observation(torch.tensor([0, 1]), torch.tensor([3, 3]), step, {"nll": torch.tensor([2.0, 0.5])})
         session.scheduler.update(session.state, seen)
     hard, easy = session.row_weights().tolist()
     assert hard < 0.9 < 1.1 < easy
@@ -251,11 +248,11 @@ def test_the_higher_loss_loses_weight():
 @pytest.mark.parametrize("transform", ["softmax", "sigmoid", "identity"])
 def test_a_step_without_rows_only_lets_the_moments_fade(transform):
     """All rows of a step without labels: gradient 0 for everyone, as AdamW sees a gradient of zeros."""
-    scheduler = BDS(compat="released", transform=transform)
+    scheduler = BDSReleased(transform=transform)
     index = RowIndex(torch.tensor(DISTINCT))
     state = run(scheduler, index, steps_of(index, DISTINCT, 2))
     mean, square = state.tensors()["mean"].clone(), state.tensors()["square"].clone()
-    nothing = Observation(torch.empty(0).long(), torch.empty(0), torch.empty(0).long(), 2)
+    nothing = Observation(torch.empty(0).long(), torch.empty(0).long(), 2, {"nll": torch.empty(0)})
     scheduler.update(state, nothing)
     torch.testing.assert_close(state.tensors()["mean"], 0.9 * mean)
     torch.testing.assert_close(state.tensors()["square"], 0.95 * square)
@@ -269,7 +266,7 @@ def test_a_step_without_rows_only_lets_the_moments_fade(transform):
 def test_a_stream_of_bds_is_the_slow_loop_that_grows(scheduler):
     """New rows join with the first logit and no momentum; for softmax N grows with them. Compared after every step."""
     generator = torch.Generator().manual_seed(0)
-    session = Session(as_bds(scheduler), RowIndex(None))
+    session = Session(scheduler, RowIndex(None))
     slow: SlowBDS | None = None
     for number in range(30):
         keys = torch.randint(0, number + 4, (4,), generator=generator)
@@ -292,7 +289,7 @@ def test_a_stream_of_bds_is_the_slow_loop_that_grows(scheduler):
 
 def test_growth_that_forgot_the_softmax_would_be_noticed(monkeypatch):
     """Control: the sum that the softmax divides by left as it was, the mean weight drifts away from 1."""
-    scheduler = BDS(compat="released")
+    scheduler = BDSReleased()
     index = RowIndex(None)
     index.add(torch.tensor([1, 2]))
     state = scheduler.init(index)
@@ -306,7 +303,7 @@ def test_growth_that_forgot_the_softmax_would_be_noticed(monkeypatch):
 def test_rows_that_a_stream_brings_at_once_are_rows_known_before():
     """All keys in ascending order in the first step: slots and weights as in a set that was indexed."""
     known, stream = RowIndex(torch.tensor(sorted(DISTINCT))), RowIndex(None)
-    scheduler = BDS(compat="released")
+    scheduler = BDSReleased()
     state = scheduler.init(stream)
     stream.add(torch.tensor(sorted(DISTINCT)))
     state = scheduler.grow(state, stream)
@@ -318,46 +315,30 @@ def test_rows_that_a_stream_brings_at_once_are_rows_known_before():
 
 
 def test_a_stream_may_begin_with_a_step_without_rows():
-    scheduler = BDS(compat="released")
+    scheduler = BDSReleased()
     state = scheduler.init(RowIndex(None))
-    scheduler.update(state, Observation(torch.empty(0).long(), torch.empty(0), torch.empty(0).long(), 0))
+    scheduler.update(state, Observation(torch.empty(0).long(), torch.empty(0).long(), 0, {"nll": torch.empty(0)}))
     assert scheduler.slot_weights(state).tolist() == []
 
 
 # its public face ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", TRANSFORMS, ids=lambda s: f"{s.transform}-{s.learning_rate}")
-def test_bds_with_compat_released_is_the_rule_bit_for_bit(rule):
-    index, scheduler = RowIndex(torch.tensor(DUPLICATED)), as_bds(rule)
-    steps = steps_of(index, DUPLICATED, 10)
-    alone, through = rule.init(index), scheduler.init(index)
-    for step in steps:
-        assert torch.equal(rule.weights(alone, step), scheduler.weights(through, step))
-        rule.update(alone, step)
-        scheduler.update(through, step)
-    assert type(through) is scheduler.state_type is released.ReleasedState
-    assert same(alone, through)
-    assert torch.equal(rule.slot_weights(alone), scheduler.slot_weights(through))
-    assert scheduler.settings() == rule.settings() | {"compat": "released"}
-
-
 def test_the_released_rule_reads_losses_and_takes_no_scores():
-    scheduler, slots = BDS(compat="released"), torch.tensor([0, 1])
+    scheduler, slots = BDSReleased(), torch.tensor([0, 1])
     state = scheduler.init(RowIndex(torch.tensor(DISTINCT)))
-    assert scheduler.needs_nll
-    assert scheduler.evidence is None
+    assert scheduler.needs == (NLL(),)
     assert scheduler.columns(state) == {}
-    assert not scheduler.due(state, slots).any()
-    assert not scheduler.doubtful(state, slots).any()
-    with pytest.raises(OptionError, match="takes no scores; leave compat out"):
-        scheduler.learn(state, slots, torch.ones(2))
-    assert dataclasses.replace(scheduler, learning_rate=0.1) == BDS(compat="released", learning_rate=0.1)
+    assert not scheduler.revisit(state, slots).any()
+    assert not scheduler.doubtful(state, "nll", slots).any()
+    with pytest.raises(OptionError, match="'bds_released' takes no values of 'probe'; what it has measured: 'nll'"):
+        scheduler.learn(state, "probe", slots, torch.ones(2))
+    assert dataclasses.replace(scheduler, learning_rate=0.1) == BDSReleased(learning_rate=0.1)
 
 
 def test_the_state_of_another_rule_is_not_resumed(tmp_path):
     """A run of the released rule does not go on as one of the posterior, nor the other way round."""
-    session = Session(BDS(compat="released"), RowIndex(torch.tensor(DISTINCT)))
+    session = Session(BDSReleased(), RowIndex(torch.tensor(DISTINCT)))
     session.save(tmp_path / "state")
     with pytest.raises(StateError, match="scheduler"):
         Session(BDS(), RowIndex(torch.tensor(DISTINCT))).load(tmp_path / "state")

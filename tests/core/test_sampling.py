@@ -427,9 +427,9 @@ def test_a_row_that_was_measured_in_a_time_of_noise_comes_by_whatever_its_weight
     """BDS's row 0 was scored at step 0, row 1 at step 20."""
     session = session_of(BDS())
     state: Any = session.state
-    session.learn(torch.tensor([0]), torch.tensor([1.0]))
+    session.learn("probe", torch.tensor([0]), torch.tensor([1.0]))
     state.steps = 20
-    session.learn(torch.tensor([1]), torch.tensor([1.0]))
+    session.learn("probe", torch.tensor([1]), torch.tensor([1.0]))
     state.steps = 24
     weights = session.row_weights()
     assert float(weights[:2].max()) < 0.7

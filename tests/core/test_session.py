@@ -15,7 +15,7 @@ from safe_sched.errors import CoverageError, NumericsError, OptionError
 from safe_sched.rows.index import RowIndex
 from safe_sched.rows.keys import layout_of
 from safe_sched.rows.nll import nll_from_logits
-from safe_sched.schedulers import BDS, Fixed
+from safe_sched.schedulers import BDSReleased, Fixed
 from safe_sched.training.gate import scale_gradient, token_weights
 from safe_sched.training.session import Session
 from tests.core.batches import Micro, Row, laws, pack, pad, row
@@ -37,7 +37,7 @@ def session_of(rows: list[Row] = ROWS, scheduler: Any = None, **options: Any) ->
 def step(session: Session, *micros: Micro, **how: Any) -> dict[str, float]:
     """One optimiser step as an integration runs it."""
     for batch, micro in zip(session.begin_step(micros), micros, strict=True):
-        session.weigh(batch, torch.ones(micro.layout.rows), **how)
+        session.weigh(batch, {"nll": torch.ones(micro.layout.rows)}, **how)
         session.mark_gated(batch)
     return session.end_step()
 
@@ -49,19 +49,19 @@ def step(session: Session, *micros: Micro, **how: Any) -> dict[str, float]:
 def test_each_row_gets_its_own_weight_wherever_it_lies(lay):
     session = session_of()
     first, second = session.begin_step([lay([LONG, SHORT]), lay([OTHER])])
-    assert session.weigh(first, None).tolist() == [2.0, 0.5]
-    assert session.weigh(second, None).tolist() == [1.0]
+    assert session.weigh(first).tolist() == [2.0, 0.5]
+    assert session.weigh(second).tolist() == [1.0]
     assert first.factors.tolist() == [2.0, 0.5]
     assert first.factors.dtype == torch.float32
 
 
 def test_rows_without_labels_keep_factor_1_and_are_not_observed():
     """They teach nothing: the scheduler does not see them, their key need not be known, their loss may be anything."""
-    session = session_of(scheduler=BDS(compat="released"))
+    session = session_of(scheduler=BDSReleased())
     (batch,) = session.begin_step([pad([SILENT, LONG])])
     assert batch.slots.tolist()[0] == -1
     assert batch.label_tokens.tolist() == [0, 4]
-    factors = session.weigh(batch, torch.tensor([math.nan, 1.0]))
+    factors = session.weigh(batch, {"nll": torch.tensor([math.nan, 1.0])})
     assert factors[0] == 1.0
     session.mark_gated(batch)
     session.end_step()
@@ -149,7 +149,7 @@ def test_a_whole_step_gives_the_gradient_of_the_explicitly_weighted_loss(normali
     total = sum(int((m.labels != -100).sum()) for m in micros)
     for batch, micro in zip(session.begin_step(micros), micros, strict=True):
         logits = model(micro.ids)
-        session.weigh(batch, nll_from_logits(logits, *micro[1:]), total / 3)
+        session.weigh(batch, {"nll": nll_from_logits(logits, *micro[1:])}, total / 3)
         scale_gradient(logits, lambda batch=batch: token_weights(batch.factors, batch.layout))
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].transpose(1, 2), micro.labels[:, 1:], ignore_index=-100, reduction="sum"
@@ -206,10 +206,10 @@ def test_forgotten_packing_boundaries_stop_the_run():
 def test_a_micro_batch_that_was_not_weighed_or_not_gated_stops_the_run(weighed, gated):
     session = session_of()
     first, second = session.begin_step([pad([SHORT]), pad([LONG])])
-    session.weigh(first, None)
+    session.weigh(first)
     session.mark_gated(first)
     if weighed:
-        session.weigh(second, None)
+        session.weigh(second)
     if gated:
         session.mark_gated(second)
     with pytest.raises(CoverageError, match=r"micro-batches \[1\] of 2 in step 0"):
@@ -235,17 +235,17 @@ def test_a_step_that_was_never_begun_stops_the_run():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_names_its_training_row(bad):
     """The row's number in the training set, not its place in the batch."""
-    session = session_of(scheduler=BDS(compat="released"))
+    session = session_of(scheduler=BDSReleased())
     (batch,) = session.begin_step([pad([OTHER, SHORT, SILENT, LONG])])
     with pytest.raises(NumericsError, match=r"the loss of 2 rows is not finite at step 0 \(training rows \[2, 1\]\)"):
-        session.weigh(batch, torch.tensor([bad, 1.0, 1.0, bad]))
+        session.weigh(batch, {"nll": torch.tensor([bad, 1.0, 1.0, bad])})
 
 
 def test_a_loss_that_is_not_finite_names_the_first_of_identical_rows():
-    session = session_of([SHORT, LONG, LONG], BDS(compat="released"))
+    session = session_of([SHORT, LONG, LONG], BDSReleased())
     (batch,) = session.begin_step([pad([LONG])])
     with pytest.raises(NumericsError, match=r"training rows \[1\]"):
-        session.weigh(batch, torch.tensor([math.nan]))
+        session.weigh(batch, {"nll": torch.tensor([math.nan])})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.25])
@@ -253,14 +253,14 @@ def test_a_weight_that_is_negative_or_not_finite_is_named(bad, monkeypatch):
     session = session_of()
     (batch,) = session.begin_step([pad([SHORT, LONG])])
     monkeypatch.setattr(Fixed, "weights", lambda self, state, batch: torch.tensor([1.0, bad]))
-    with pytest.raises(NumericsError, match=rf"fixed gave 1 weights .* at step 0 \(first: {bad}\)"):
-        session.weigh(batch, None)
+    with pytest.raises(NumericsError, match=rf"fixed returned 1 weights .* at step 0 \(first: {bad}\)"):
+        session.weigh(batch)
 
 
 def test_a_weight_of_0_is_allowed():
     session = session_of(scheduler=Fixed([0.0, 2.0, 1.0]))
     (batch,) = session.begin_step([pad([SHORT])])
-    assert session.weigh(batch, None).tolist() == [0.0]
+    assert session.weigh(batch).tolist() == [0.0]
 
 
 # what a step leaves behind --------------------------------------------------------------------------------------------
@@ -277,13 +277,13 @@ def test_the_metrics_of_a_step_are_of_all_its_rows():
 
 def test_the_scheduler_learns_once_from_all_micro_batches():
     """A session that is given the rows in two micro-batches learns what it learns from one."""
-    one, two = session_of(scheduler=BDS(compat="released")), session_of(scheduler=BDS(compat="released"))
+    one, two = session_of(scheduler=BDSReleased()), session_of(scheduler=BDSReleased())
     for number in range(4):
         for session, micros in ((one, [[SHORT, LONG, OTHER]]), (two, [[SHORT], [LONG, OTHER]])):
             losses = {SHORT: 1.0 + number, LONG: 2.0, OTHER: 0.5}
             batches = session.begin_step([pad(part) for part in micros])
             for batch, part in zip(batches, micros, strict=True):
-                session.weigh(batch, torch.tensor([losses[r] for r in part]))
+                session.weigh(batch, {"nll": torch.tensor([losses[r] for r in part])})
                 session.mark_gated(batch)
             session.end_step()
     assert torch.equal(one.row_weights(), two.row_weights())
@@ -315,7 +315,7 @@ def test_the_table_has_a_line_for_every_training_row_in_the_order_of_the_set():
 
 
 def test_the_table_of_a_stream_has_a_line_for_every_row_in_the_order_of_arrival():
-    session = Session(BDS(compat="released"), RowIndex(None))
+    session = Session(BDSReleased(), RowIndex(None))
     assert session.table().num_rows == 0
     step(session, pad([LONG, SHORT]))
     step(session, pad([OTHER]), pad([LONG]))
@@ -325,7 +325,7 @@ def test_the_table_of_a_stream_has_a_line_for_every_row_in_the_order_of_arrival(
 
 
 def test_a_stream_knows_every_row_that_it_brings():
-    session = Session(BDS(compat="released"), RowIndex(None))
+    session = Session(BDSReleased(), RowIndex(None))
     (batch,) = session.begin_step([pad([LONG, SILENT, SHORT, LONG])])
     assert batch.slots.tolist() == [0, -1, 1, 0]
     assert session.index.slots == 2
@@ -350,7 +350,7 @@ def test_without_any_weight_there_is_no_effective_sample_size():
     assert math.isnan(session_of(scheduler=Fixed([0.0] * 3)).effective_sample_size())
 
 
-@pytest.mark.parametrize("scheduler", [Fixed(), BDS(compat="released")], ids=["fixed", "bds"])
+@pytest.mark.parametrize("scheduler", [Fixed(), BDSReleased()], ids=["fixed", "released"])
 @pytest.mark.parametrize("streaming", [False, True], ids=["set", "stream"])
 def test_a_step_in_which_no_row_has_labels_passes(scheduler, streaming):
     """Nothing is learned, nothing is weighed, and nothing is wrong: prompts that filled the whole length."""

@@ -18,7 +18,7 @@ from safe_sched.data.writing import replacing
 from safe_sched.errors import StateError
 from safe_sched.rows.index import RowIndex
 from safe_sched.scheduler import Observation
-from safe_sched.schedulers import BDS, Fixed
+from safe_sched.schedulers import BDSReleased, Fixed
 from safe_sched.training.checkpoint import FORMAT, load_state, require_same, save_state
 from safe_sched.training.session import Session
 from tests.core.batches import pad, row
@@ -29,13 +29,13 @@ TENSORS = {"a": torch.arange(6).view(2, 3), "b": torch.tensor(0.5, dtype=torch.f
 
 def session_of(scheduler: Any = None, rows: Any = ROWS, **options: Any) -> Session:
     index = RowIndex(None if rows is None else torch.tensor(pad(rows).keys))
-    return Session(BDS(compat="released") if scheduler is None else scheduler, index, **options)
+    return Session(BDSReleased() if scheduler is None else scheduler, index, **options)
 
 
 def train(session: Session, steps: int = 2) -> Session:
     for number in range(steps):
         (batch,) = session.begin_step([pad(ROWS)])
-        session.weigh(batch, torch.tensor([1.0, 2.0, 3.0 + number]))
+        session.weigh(batch, {"nll": torch.tensor([1.0, 2.0, 3.0 + number])})
         session.mark_gated(batch)
         session.end_step()
     return session
@@ -227,14 +227,14 @@ def test_a_session_goes_on_from_its_own_state(tmp_path):
         ({"rows": [*ROWS, ROWS[0]]}, "data", "-3'", "-4'"),
         ({"rows": None}, "data", "-3'", "'stream'"),
         (
-            {"scheduler": BDS(compat="released", learning_rate=0.1)},
+            {"scheduler": BDSReleased(learning_rate=0.1)},
             "scheduler",
             "'learning_rate': 0.005",
             "'learning_rate': 0.1",
         ),
-        ({"scheduler": BDS(compat="released", betas=(0.9, 0.99))}, "scheduler", "[0.9, 0.95]", "[0.9, 0.99]"),
-        ({"scheduler": BDS(compat="released", transform="sigmoid")}, "scheduler", "'softmax'", "'sigmoid'"),
-        ({"scheduler": Fixed()}, "scheduler", "'bds'", "'fixed'"),
+        ({"scheduler": BDSReleased(betas=(0.9, 0.99))}, "scheduler", "[0.9, 0.95]", "[0.9, 0.99]"),
+        ({"scheduler": BDSReleased(transform="sigmoid")}, "scheduler", "'softmax'", "'sigmoid'"),
+        ({"scheduler": Fixed()}, "scheduler", "'bds_released'", "'fixed'"),
         ({"normalizer": "row"}, "normalizer", "'token'", "'row'"),
         ({"settings": {"safety_weight": 2.0}}, "safety_weight", "None", "2.0"),
     ],
@@ -301,7 +301,7 @@ def test_a_stream_takes_its_keys_along(tmp_path):
     for session in (first, second):
         (batch,) = session.begin_step([pad([ROWS[2], row(3, 3, 3), ROWS[0]])])
         assert batch.slots.tolist() == [2, 3, 0]
-        session.weigh(batch, torch.tensor([1.0, 2.0, 3.0]))
+        session.weigh(batch, {"nll": torch.tensor([1.0, 2.0, 3.0])})
         session.mark_gated(batch)
         session.end_step()
     assert torch.equal(second.row_weights(), first.row_weights())
@@ -326,6 +326,6 @@ def test_a_saved_state_is_not_changed_by_going_on(tmp_path):
     content = path.read_bytes()
     session = session_of()
     session.load(path)
-    step = Observation(torch.tensor([0, 1]), torch.tensor([2.0, 1.0]), torch.tensor([1, 1]), 2)
+    step = Observation(torch.tensor([0, 1]), torch.tensor([1, 1]), 2, {"nll": torch.tensor([2.0, 1.0])})
     session.scheduler.update(session.state, step)
     assert path.read_bytes() == content

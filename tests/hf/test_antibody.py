@@ -635,56 +635,6 @@ def test_safety_rows_of_no_weight_are_asked_and_not_trained_on(tmp_path: Path) -
         assert_same_run(plain, run("one", 1.0))
 
 
-# resuming -------------------------------------------------------------------------------------------------------------
-
-
-def resumable(folder: Path, scheduler: Any, resume: Path | None = None, steps: int = 28) -> tuple[Any, Any]:
-    ours = callback(scheduler, safety_weight=1.0)
-    trainer = make_sft(
-        folder,
-        token_rows(80, seed=4, shortest=6),
-        model=make_model(attention_dropout=0.1),
-        callbacks=[ours],
-        max_steps=steps,
-        save_strategy="steps",
-        save_steps=3,
-        learning_rate=3e-3,
-        gradient_accumulation_steps=2,
-        per_device_train_batch_size=2,
-    )
-    with single_thread():
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return trainer, ours
-
-
-RESUMED: dict[str, dict[str, Any]] = {
-    "anchored": {},
-    "first token": {"refusal_cost": "first_token"},
-    "drifting": {"anchor": False},
-}
-
-
-def assert_resumed(folder: Path, options: dict[str, Any], points: Sequence[int]) -> None:
-    whole, first = resumable(folder / "whole", antibody(**options))
-    for point in points:
-        again, second = resumable(
-            folder / f"from-{point}", antibody(**options), folder / "whole" / f"checkpoint-{point}"
-        )
-        for name, value in state_of(first).items():
-            assert torch.equal(value.nan_to_num(99), state_of(second)[name].nan_to_num(99)), (point, name)
-        a, b = parameters_of(whole.model), parameters_of(again.model)
-        assert all(torch.equal(a[name], b[name]) for name in a), point
-        assert first.table().equals(second.table())
-
-
-@pytest.mark.slow
-@pytest.mark.slow_sample
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_resumed_run_equals_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
-    """Before the second look at the safety prompts (step 12), and between that and the next."""
-    assert_resumed(tmp_path, RESUMED[name], [3, 15])
-
-
 # together with BDS ----------------------------------------------------------------------------------------------------
 
 

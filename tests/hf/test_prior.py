@@ -61,12 +61,10 @@ def test_training_begins_with_it(tmp_path: Path) -> None:
     assert not all(torch.equal(plain[name], other[name]) for name in plain)
 
 
-def test_a_resume_begins_with_the_same_one(tmp_path: Path) -> None:
+def test_a_resume_with_another_one_stops(tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
-    whole, _ = trained(tmp_path / "whole", scheduler=BDS(evidence=None), **options)
+    trained(tmp_path / "whole", scheduler=BDS(evidence=None), **options)
     saved = str(tmp_path / "whole" / "checkpoint-2")
-    again, _ = trained(tmp_path / "again", scheduler=BDS(evidence=None), resume=saved)
-    assert again.table().equals(whole.table())
     other = [{**row, COLUMN: 1 - row[COLUMN]} for row in ROWS]
     for rows, prior in ((ROWS, None), (other, COLUMN)):
         with pytest.raises(StateError, match="prior: saved"):

@@ -2,13 +2,13 @@
 
 For an energy ``U(z) = -log p(z)`` up to a constant, a fixed positive preconditioner G and a temperature T::
 
-    z  <-  z - eps_k G dU/dz + sqrt(2 eps_k G T) xi,     xi ~ N(0, 1),     eps_k = step_size * (1 + k)**-decay
+    z  <-  z - eps G dU/dz + sqrt(2 eps G T) xi,     xi ~ N(0, 1),     eps = step_size
 
 For small steps the draws after ``burn_in`` have the density ``exp(-U / T)``; T = 0 is gradient descent to its
 maximum. Every number ``xi`` is a function of (seed, coordinate, visit, draw, chain) and of nothing else, so chains do
 not depend on the order in which coordinates are visited, nor on how they are spread over processes.
 
-Cost: ``burn_in + draws * thin`` gradients of the coordinates given, all chains at once.
+Cost: ``burn_in + draws`` gradients of the coordinates given, all chains at once.
 """
 
 from __future__ import annotations
@@ -32,20 +32,16 @@ class Langevin:
 
     Attributes:
         temperature: T; 1 samples the posterior, 0 finds its mode.
-        step_size: eps of the first draw, >= 0, in units of the preconditioner.
-        decay: Exponent of the step-size schedule, 0 to 1; 0 keeps the step.
+        step_size: eps, >= 0, in units of the preconditioner.
         burn_in: Draws thrown away at the start.
         draws: Draws kept, of every chain.
-        thin: Keep every ``thin``-th draw.
         chains: Independent chains.
     """
 
     temperature: float = 1.0
     step_size: float = 0.25
-    decay: float = 0.0
     burn_in: int = 16
     draws: int = 32
-    thin: int = 1
     chains: int = 8
 
 
@@ -125,18 +121,16 @@ def sample(
     """
     z = start[:, None].expand(-1, settings.chains).clone()
     kept = []
-    steps = settings.burn_in + settings.draws * settings.thin
+    steps = settings.burn_in + settings.draws
     # `step`, with all that does not depend on z done at once for all steps
-    sizes = settings.step_size * torch.arange(1, steps + 1).float().pow(-settings.decay)
-    scaled = sizes[:, None, None] * torch.as_tensor(precondition)
+    scaled = settings.step_size * torch.as_tensor(precondition)
     noise = torch.zeros(steps)
     if settings.temperature:
         noise = normal(seed, coordinates, visits, steps, settings.chains)
         noise = noise.mul_(torch.sqrt(2 * settings.temperature * scaled))
-    for k, (drift, kick) in enumerate(zip(scaled.unbind(), noise.unbind(), strict=True)):
-        z = torch.addcmul(z + kick, drift, gradient(z), value=-1)
-        since = k - settings.burn_in
-        if since >= 0 and (since + 1) % settings.thin == 0:
+    for k, kick in enumerate(noise.unbind()):
+        z = torch.addcmul(z + kick, scaled, gradient(z), value=-1)
+        if k >= settings.burn_in:
             kept.append(z)
     return torch.stack(kept)
 

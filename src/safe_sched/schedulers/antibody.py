@@ -300,6 +300,8 @@ class Antibody(Scheduler[AntibodyState]):
             slots: int64 (rows,).
             values: float (rows,), r in nats.
         """
+        if need != RefusalOdds.name:
+            return super().learn(state, need, slots, values)
         slots, ratio = mean_by_slot(slots, values.double())
         kept = state.ratio[slots].double()
         if self.anchor:  # two looks weigh the same, and a copy of the row in another micro-batch is no look

@@ -314,6 +314,8 @@ class BDS(Scheduler[BDSState]):
         if need == "reference_loss":
             state.reference[slots] = values
             return {}
+        if need != Probe.name:
+            return super().learn(state, need, slots, values)
         return self._take(state, slots, values)
 
     def _take(self, state: BDSState, slots: Tensor, scores: Tensor) -> dict[str, float]:

@@ -125,6 +125,8 @@ class Combined(Scheduler[Any]):
     def learn(self, state: Any, need: str, slots: Tensor, values: Tensor) -> dict[str, float]:
         """See `Scheduler.learn`: every expert with this need."""
         takers = self._experts(state, need)
+        if not takers:
+            return super().learn(state, need, slots, values)
         return {k: v for part, own in takers for k, v in part.learn(own, need, slots, values).items()}
 
     def _total(self, state: Any, slots: Any) -> Tensor:
