@@ -79,36 +79,36 @@ def losses_by_hand(home: Path) -> list[float]:
     return found
 
 
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Path:
+    """What the script leaves after two epochs, of three steps each."""
+    script(home, "whole", 6)
+    return home / "whole"
+
+
 @pytest.mark.slow
 @pytest.mark.slow_sample
-def test_a_trl_script_finds_it_by_name_and_drops_the_rows_with_the_highest_losses(home: Path) -> None:
-    """After two epochs of 20 rows, 16 have weight 1 and 4 weight 0. Control: not installed, the name is unknown."""
-    script(home, "whole", 6)
-    table = pyarrow.parquet.read_table(home / "whole" / "weights.parquet")
+def test_a_trl_script_finds_it_by_name_and_drops_the_rows_with_the_highest_losses(home: Path, whole: Path) -> None:
+    """Of 20 rows 16 have weight 1 and 4 weight 0."""
+    table = pyarrow.parquet.read_table(whole / "weights.parquet")
     losses, weights = table["safe_adapter_loss"].to_pylist(), table["weight"].to_pylist()
     assert losses == pytest.approx(losses_by_hand(home), rel=1e-4)
-    assert sorted(weights) == [0.0] * 4 + [1.0] * 16
     assert {i for i, w in enumerate(weights) if not w} == set(sorted(range(20), key=lambda i: losses[i])[16:])
-    assert (home / "whole" / MANIFEST_FILE).exists()
-
-    words = ["--model", "model", "--safe", "safe", "--data", "data/train.jsonl", "--out", "none"]
-    done = run(home, str(PLUGIN / "train.py"), *words, installed=False)
-    assert "unknown scheduler 'seal'" in done.stderr
+    assert set(weights) == {0.0, 1.0}
+    assert (whole / MANIFEST_FILE).exists()
 
 
 @pytest.mark.slow
 @pytest.mark.slow_sample
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(home: Path) -> None:
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(home: Path, whole: Path) -> None:
     """State and adapter bit for bit, from a checkpoint in the first epoch, when rows are still to be measured."""
-    script(home, "straight", 4)
-    shutil.copytree(home / "straight" / "checkpoint-2", home / "resumed" / "checkpoint-2")
-    script(home, "resumed", 4, "--resume")
+    assert load_file(whole / "checkpoint-2" / STATE_FILE)["state.loss"].isnan().any()
+    shutil.copytree(whole / "checkpoint-2", home / "resumed" / "checkpoint-2")
+    script(home, "resumed", 6, "--resume")
     for file in (STATE_FILE, "adapter_model.safetensors"):
-        one, other = (load_file(home / name / "checkpoint-4" / file) for name in ("straight", "resumed"))
+        one, other = (load_file(folder / "checkpoint-6" / file) for folder in (whole, home / "resumed"))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
-    early = load_file(home / "straight" / "checkpoint-2" / STATE_FILE)["state.loss"]
-    assert early.isnan().any()
 
 
 @pytest.mark.slow
@@ -133,20 +133,22 @@ def test_trls_command_line_finds_it_by_name(home: Path) -> None:
 
 READ = """
 from safe_sched_hf.config import read_settings
-print(read_settings({"method": {"name": "seal", "keep": 0.8, "adapter": "safe"}}).scheduler().settings())
-try:
-    read_settings({"method": {"name": "seal", "kep": 0.8}})
-except Exception as error:
-    print(error)
+for option in ("keep", "kep"):
+    try:
+        print(read_settings({"method": {"name": "seal", option: 0.8, "adapter": "safe"}}).scheduler().settings())
+    except Exception as error:
+        print(error)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.slow_sample
 def test_a_block_of_a_yaml_is_checked_like_ours(home: Path) -> None:
+    """Control: where the package is not installed, the name is unknown."""
     done = run(home, "-c", READ)
     assert "{'name': 'seal', 'keep': 0.8, 'adapter': 'safe'}" in done.stdout, done.stderr
     assert "safe_sched.method.kep: unknown option of 'seal' 'kep' (did you mean 'keep'?)" in done.stdout
+    assert "unknown method 'seal'" in run(home, "-c", READ, installed=False).stdout
 
 
 def test_a_row_is_dropped_where_too_many_others_have_lower_losses() -> None:

@@ -1,11 +1,12 @@
 """Train on the rows that a safety-tuned adapter finds easiest, after the idea of SEAL (arXiv 2410.07471).
 
-SEAL ranks rows by how well they go with a model that was fine-tuned on safety data, and trains on the best of them. Here
-a row's rank is its loss under a second, safety-tuned LoRA adapter, and the best ``keep`` of the rows seen so far teach::
+SEAL ranks rows by how well they go with a model that was fine-tuned on safety data, and trains on the best. Here
+the score of a row is its loss under a second, safety-tuned LoRA adapter, and the best of the rows seen so far teach::
 
     w_i = 1 where s_i is among the lowest  keep * 100 %  of the rows seen so far, else 0
 
-Kept rows have weight 1, so they train as without the plug-in. (SEAL learns its ranking by bilevel optimisation.)
+Kept rows have weight 1, so they train as without the plug-in.
+SEAL itself learns the ranking, by bilevel optimisation.
 """
 
 from __future__ import annotations
