@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,13 +20,16 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from examples.scheduler_plugin.safe_sched_seal.scheduler import Seal
+from safe_sched import Fixed
 from safe_sched.rows.index import RowIndex
 from safe_sched.scheduler import Observation
 from safe_sched.training.checkpoint import MANIFEST_FILE, STATE_FILE
+from safe_sched.training.loop import TrainingLoop
 from tests.support import make_model, make_tokenizer, text_rows
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "examples" / "scheduler_plugin"
+SFT = ["trl", "sft", "--config", "train.yaml", "--safe_sched.method.keep", "0.5"]
 ROWS = text_rows(20, seed=3)
 TINY = {"use_cpu": True, "bf16": False, "loss_type": "nll", "report_to": "none", "disable_tqdm": True, "seed": 3}
 
@@ -121,8 +125,7 @@ def test_trls_command_line_finds_it_by_name(home: Path) -> None:
     shutil.copytree(home / "safe", home / "adapters" / "safe")
     (home / "train.yaml").write_text(yaml.safe_dump(block | here | TINY))
     command = "import sys; from safe_sched.cli import main; main()"
-    words = ["trl", "sft", "--config", "train.yaml", "--safe_sched.method.keep", "0.5"]
-    done = run(home, "-c", command, *words)
+    done = run(home, "-c", command, *SFT)
     assert done.returncode == 0, done.stderr[-2000:]
     table = pyarrow.parquet.read_table(home / "cli" / "safe_sched_table.parquet")
     assert sorted(table["weight"].to_pylist()) == [0.0] * 10 + [1.0] * 10
@@ -167,3 +170,35 @@ def test_a_row_is_dropped_where_too_many_others_have_lower_losses() -> None:
 def test_it_passes_the_laws_of_a_scheduler() -> None:
     testing = pytest.importorskip("safe_sched.testing")
     testing.check_scheduler(Seal())
+
+
+def test_the_page_about_it_shows_commands_and_code_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands are those of the tests here and of test_pytorch_loop; the code is run."""
+    page = (ROOT / "docs" / "write-a-scheduler.md").read_text()
+    assert f"$ safe-sched {' '.join(SFT)}\n" in page
+    assert "$ python examples/pytorch_loop.py --method antibody " in page
+    monkeypatch.syspath_prepend(str(PLUGIN))
+    laws, part = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(part, names)
+    batches = [{"input_ids": (ids := torch.randint(5, 64, (2, 6))), "labels": ids}]
+    model = make_model()
+    start = model.lm_head.weight.detach().clone()
+    for saved in (None, tmp_path / "state.safetensors"):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loop = TrainingLoop(model, Fixed(), batches, optimizer, parts=[average := names["Average"]()])
+        if saved is not None:
+            loop.load(saved)
+        with loop.step(batches):
+            with loop.forward(batches[0]):
+                loss = model(**batches[0]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        loop.save(tmp_path / "state.safetensors")
+        if saved is None:
+            first = start.lerp(model.lm_head.weight.detach(), 0.01)
+            assert torch.equal(average.mean["lm_head.weight"], first)
+    assert torch.equal(average.mean["lm_head.weight"], first.lerp(model.lm_head.weight.detach(), 0.01))
+    pytest.importorskip("safe_sched.testing")
+    exec(laws, {})
