@@ -433,8 +433,8 @@ class TrainingLoop:
         safety: Token rows of a safety set (`safe_sched_hf.safety.SafetySet`), for what needs them.
         safety_weight: Factor of the loss of safety rows, >= 0.
         normalizer: What the weighted loss is a mean over, see `safe_sched.training.session.Session`.
-        mean: What the loop's own loss is a mean over: the label tokens of each ``"micro_batch"``, and then the
-            micro-batches of the step; or the label tokens of the whole ``"step"``.
+        mean: Over what the loop's own loss is a mean: the label tokens of each ``"micro_batch"``, and then over those
+            of the step; or of the whole ``"step"``.
         seed: Random seed of the parts.
         precision: Makes the context of a forward, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
         exchange: Joins several processes; None: one process.
