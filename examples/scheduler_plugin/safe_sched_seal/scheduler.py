@@ -80,6 +80,8 @@ class Seal(Scheduler[SealState]):
 
     def learn(self, state: SealState, need: str, slots: Tensor, values: Tensor) -> dict[str, float]:
         """Losses as they are measured, before the rows are weighed."""
+        if need != SafeAdapterLoss.name:
+            return super().learn(state, need, slots, values)  # refuses it
         state.loss[slots] = values
         return {}
 
