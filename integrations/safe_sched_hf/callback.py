@@ -296,15 +296,7 @@ class SafeSchedCallback(TrainerCallback):
         )
 
     def _safety_settings(self) -> dict[str, Any] | None:
-        safety = self._safety
-        if safety is None:
-            return None
-        return {
-            "fingerprint": safety.fingerprint(),
-            "batch_size": safety.batch_size,
-            "weight": self.safety_weight,
-            "seed": safety.seed,
-        }
+        return None if self._safety is None else self._safety.settings() | {"weight": self.safety_weight}
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

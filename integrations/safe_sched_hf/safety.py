@@ -109,6 +109,10 @@ class SafetySet:
         lengths = torch.tensor([row.numel() for row, _ in self.rows])
         return RowIndex(keys_of_flat(tokens, labels, lengths)[0]).fingerprint()
 
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the saved one, as plain JSON values."""
+        return {"fingerprint": self.fingerprint(), "batch_size": self.batch_size, "seed": self.seed}
+
     def _round(self, number: int) -> list[int]:
         # torch.Generator spreads seeds badly when they differ in few bits: mix round and seed first
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) & 0x7FFF_FFFF_FFFF_FFFF)

@@ -241,8 +241,7 @@ def lines_log_probs(
         inputs = {name: value[lines.to(value.device)] if name in tensors else value for name, value in inputs.items()}
     part = Layout(layout.row[lines], layout.position[lines], layout.rows, layout.packed)
     model = run.model
-    model.train(train)
-    with torch.no_grad(), _quiet_checkpoints(), same_random_numbers(), run.precision():
+    with _in_mode(model, train), torch.no_grad(), _quiet_checkpoints(), same_random_numbers(), run.precision():
         if has_fused_head(model):
             found = model(**{**inputs, "use_cache": False}, fused_lm_head=True).log_probs
         else:
@@ -261,15 +260,34 @@ class ReferenceLossMeasurement(Measurement[ReferenceLoss]):
 
     def before_forward(self, batch: Batch, inputs: Mapping[str, Any]) -> None:
         """Measure the rows that have no reference loss yet."""
-        run, session = self.run, self.run.session
-        if not bool(session.due(self.name, batch.slots_of_all).any()):
-            return
-        lacking, nll = session.due(self.name, batch.slots), torch.zeros(batch.slots.numel())
-        if run.sharded or bool(lacking.any()):
-            with adapter_active(run.model, self.need.adapter):
-                found = lines_log_probs(run, run.prepare(inputs), batch, lacking, whole=run.sharded, train=False)
-            nll = nll_from_log_probs(found, batch.labels.to(found.device), batch.layout)
-        session.learn(self.name, batch.slots[lacking], nll[lacking.to(nll.device)])
+        learn_losses_under(self.need.adapter, self, batch, inputs)
+
+
+def learn_losses_under(adapter: str, measurement: Measurement[Any], batch: Batch, inputs: Mapping[str, Any]) -> None:
+    """Measure the rows that are due under another adapter of the model, and tell the scheduler their losses.
+
+    The forward has no gradient and no dropout, and leaves random numbers, modes and the active adapter as they were. Of
+    several ranks each measures its own rows.
+
+    Args:
+        adapter: The name of a PEFT adapter of the model.
+        measurement: Whose need it is, in its ``before_forward``.
+        batch: What the session knows of the micro-batch.
+        inputs: The micro-batch.
+
+    Raises:
+        ModelError: The model has no such adapter.
+    """
+    run, need = measurement.run, measurement.name
+    session = run.session
+    if not bool(session.due(need, batch.slots_of_all).any()):
+        return
+    due, nll = session.due(need, batch.slots), torch.zeros(batch.slots.numel())
+    if run.sharded or bool(due.any()):
+        with adapter_active(run.model, adapter):
+            found = lines_log_probs(run, run.prepare(inputs), batch, due, whole=run.sharded, train=False)
+        nll = nll_from_log_probs(found, batch.labels.to(found.device), batch.layout)
+    session.learn(need, batch.slots[due], nll[due.to(nll.device)])
 
 
 def _answers(batch: Batch) -> list[Tensor]:
@@ -297,7 +315,7 @@ def adapter_active(model: nn.Module, name: str) -> Iterator[None]:
     known = list(getattr(model, "peft_config", {}))
     if name not in known:
         raise ModelError(
-            f'evidence="reference" asks for the adapter {name!r}; the model has {known}. Load it with '
+            f"the scheduler asks for the adapter {name!r}; the model has {known}. Load it with "
             f'model.load_adapter(FOLDER, adapter_name="{name}") before training.'
         )
     trainable = [(p, p.requires_grad) for p in model.parameters()]
@@ -310,6 +328,18 @@ def adapter_active(model: nn.Module, name: str) -> Iterator[None]:
         switch(active)
         for p, flag in trainable:
             p.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _in_mode(model: nn.Module, train: bool) -> Iterator[None]:
+    """Have a model in training or in evaluation mode for a while; every module goes back to its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(train)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextlib.contextmanager

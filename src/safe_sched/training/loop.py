@@ -25,7 +25,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from safe_sched.training.ranks import Exchange
 from safe_sched.training.session import Batch, Normalizer, Session
 
 Inputs = Mapping[str, Any]
+Mean = Literal["micro_batch", "step"]
 
 
 @dataclass
@@ -258,10 +259,17 @@ class Measurement(Part, Generic[N]):
 
     @property
     def safety_rows(self) -> Any:
-        """The safety rows that it asks the model about."""
+        """The safety rows that it asks the model about.
+
+        Raises:
+            OptionError: The run has none, and no set to take in their place.
+        """
         if self.run.safety is not None:
             return self.run.safety
-        assert self.run.default_safety is not None
+        if self.run.default_safety is None:
+            raise OptionError(
+                f"{self.name!r} is measured with safety rows, and this run has none: give safety=SafetySet(...)"
+            )
         return self.run.default_safety()
 
     def require(self, scheduler: Scheduler[Any], options: Mapping[str, Any]) -> None:
@@ -413,16 +421,20 @@ def measurements_for(scheduler: Scheduler[Any]) -> list[Measurement[Any]]:
 
 
 class TrainingLoop:
-    """A plain PyTorch loop, defended.
+    """A plain PyTorch loop, defended: the same arithmetic as `safe_sched_hf.SafeSchedCallback` in a trainer.
+
+    Call `step` around every optimiser step and `forward` around the forward of every micro-batch. One process with one
+    device, or several that share nothing but ``exchange``; losses are not scaled, so train in bfloat16 or float32.
 
     Args:
         model: A causal language model that returns ``logits``, such as those of transformers.
         scheduler: The scheduler.
         rows: The training rows: micro-batches of ``input_ids`` and ``labels`` (and ``attention_mask``), each int64
-            (rows, sequence), in the form in which the loop will train on them. None: rows are known as they come by.
+            (rows, sequence). How rows are padded or grouped does not matter. None: rows are known as they come by.
         optimizer: The optimiser.
-        parts: What else takes part, for example `safe_sched_hf.safety.SafetyBatch`.
-        safety: Token rows of a safety set, for measurements and parts that need them.
+        parts: What else takes part, for example `safe_sched_hf.safety.SafetyBatch`, or names of registered parts.
+        safety: Token rows of a safety set (`safe_sched_hf.safety.SafetySet`), for what needs them.
+        safety_weight: Factor of the loss of safety rows, >= 0.
         normalizer: What the weighted loss is a mean over, see `safe_sched.training.session.Session`.
         mean: Over what the loop's own loss is a mean: the label tokens of each ``"micro_batch"``, and then over those
             of the step; or of the whole ``"step"``.
@@ -430,10 +442,13 @@ class TrainingLoop:
         precision: Makes the context of a forward, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
         exchange: Joins several processes; None: one process.
 
+    Raises:
+        OptionError: An option is out of range, something is missing, or a part chooses micro-batches, as sampling does.
+
     Example:
         See ``examples/pytorch_loop.py``::
 
-            loop = TrainingLoop(model, BDS(), rows, optimizer, parts=[SafetyBatch(safety)], safety=safety)
+            loop = TrainingLoop(model, BDS(), rows, optimizer, parts=[SafetyBatch()], safety=safety)
             for batches in steps:
                 with loop.step(batches):
                     for batch in batches:
@@ -442,6 +457,7 @@ class TrainingLoop:
                         loss.backward()
                     optimizer.step()
                     optimizer.zero_grad()
+            loop.close()
     """
 
     def __init__(
@@ -451,22 +467,36 @@ class TrainingLoop:
         rows: Sequence[Inputs] | None,
         optimizer: torch.optim.Optimizer,
         *,
-        parts: Sequence[Part] = (),
+        parts: Sequence[Part | str] = (),
         safety: Any = None,
+        safety_weight: float = 1.0,
         normalizer: Normalizer = "token",
-        mean: Literal["micro_batch", "step"] = "micro_batch",
+        mean: Mean = "micro_batch",
         seed: int = 0,
         precision: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         exchange: Exchange | None = None,
     ) -> None:
-        self.company = Company(measurements_for(scheduler), parts)
-        given = {"safety_data": safety, "safety_weight": 1.0, "model_temperature": 0.0}
+        if mean not in get_args(Mean):
+            raise OptionError(f"mean={mean!r}; allowed: {', '.join(map(repr, get_args(Mean)))}")
+        if not 0 <= safety_weight < float("inf"):
+            raise OptionError(f"safety_weight={safety_weight}; allowed: a finite number >= 0")
+        self.company = Company(measurements_for(scheduler), [part_of(part) for part in parts])
+        for part in self.company:
+            if type(part).choose is not Part.choose:
+                raise OptionError(
+                    f"{part.name!r} chooses which micro-batches are computed, and a plain loop computes all of them; "
+                    "leave it out, or use safe_sched_hf.SafeSchedCallback"
+                )
+        given = {"safety_data": safety, "safety_weight": safety_weight, "model_temperature": 0.0}
         self.company.each("require", scheduler, given)
-        settings = {"parts": self.company.settings()}
+        settings = {
+            "parts": self.company.settings(),
+            "safety": None if safety is None else safety.settings() | {"weight": safety_weight},
+        }
         self.session = Session(scheduler, _index(rows), normalizer, settings, exchange)
         device = next(model.parameters()).device
         self._model, self._mean = model, mean
-        self._micro_batches: dict[int, tuple[Batch, float]] = {}
+        self._waiting: list[tuple[Inputs, Batch, float]] = []
 
         def prepare(inputs: Inputs) -> Inputs:
             return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
@@ -476,12 +506,15 @@ class TrainingLoop:
                 model,
                 self.session,
                 device,
-                backward=lambda loss, reduce=False: loss.backward(),
+                backward=lambda loss: loss.backward(),
                 precision=precision,
                 prepare=prepare,
                 safety=safety,
+                tokenizer=getattr(safety, "tokenizer", None),
                 seed=seed,
                 dataset=rows,
+                collate=_side_by_side,
+                safety_weight=safety_weight,
                 optimizer=optimizer,
             )
         )
@@ -502,16 +535,18 @@ class TrainingLoop:
             CoverageError: A row is unknown, or was trained on without its weight.
         """
         if not self._ready:
+            self.session.require_same()
             self.company.each("ready")
+            self.company.each("attach")
             self._ready = True
         fields = [batch_fields(batch) for batch in batches]
         found = self.session.begin_step(fields)
         counts = [int((labels[:, 1:] != IGNORE_INDEX).sum()) for _, labels, _ in fields]
         totals = [sum(counts)] * len(counts) if self._mean == "step" else [len(counts) * count for count in counts]
         rows = max(self.session.step_rows, 1)
-        self._micro_batches = {
-            id(inputs): (batch, total / rows) for inputs, batch, total in zip(batches, found, totals, strict=True)
-        }
+        self._waiting = [
+            (inputs, batch, total / rows) for inputs, batch, total in zip(batches, found, totals, strict=True)
+        ]
         self.company.each("before_step", found)
         metrics: dict[str, float] = {}
         yield metrics
@@ -519,17 +554,21 @@ class TrainingLoop:
 
     @contextlib.contextmanager
     def forward(self, batch: Inputs) -> Iterator[None]:
-        """The forward of one micro-batch of the step. The backward may come later.
+        """The forward of one micro-batch of the step. The backward may come later, within the step.
 
         Args:
-            batch: One of those that `step` was called with.
+            batch: One of those that `step` was called with, the object itself.
 
         Raises:
-            OptionError: It is none of those.
+            OptionError: It is none of those, or was given before.
         """
-        if id(batch) not in self._micro_batches:
-            raise OptionError("this micro-batch is not one of the step's: give forward() the objects that step() got")
-        known, mean_tokens = self._micro_batches.pop(id(batch))
+        place = next((i for i, (inputs, *_) in enumerate(self._waiting) if inputs is batch), None)
+        if place is None:
+            raise OptionError(
+                f"forward() got a micro-batch that is not among the {len(self._waiting)} that step() still waits for; "
+                "give it the objects that step() got, each once"
+            )
+        _, known, mean_tokens = self._waiting.pop(place)
         self.company.each("before_forward", known, batch)
 
         def heard(forward: Forward) -> None:
@@ -547,12 +586,19 @@ class TrainingLoop:
         """Go on from what `save` wrote, before the first step.
 
         Raises:
+            OptionError: A step was done already.
             StateError: It is missing, damaged, or was saved by another run.
         """
+        if self._ready:
+            raise OptionError(f"load() after {self.session.steps} steps; call it before the first step")
         self.company.load(self.session.load(Path(path)))
 
     def close(self) -> dict[str, float]:
-        """End the run: what is owed is done, and the model and the optimiser are left as they were."""
+        """End the run: what is owed is done, and the model and the optimiser are left as they were.
+
+        Returns:
+            Numbers to log.
+        """
         metrics = self.company.after_step(last=True, log=True)
         self.company.each("end")
         self._hook.remove()
@@ -567,3 +613,23 @@ def _index(rows: Sequence[Inputs] | None) -> RowIndex:
     counts = [label_counts(labels, layout) for _, labels, layout in found]
     joined, tokens = torch.cat(keys).cpu(), torch.cat(counts).cpu()
     return RowIndex(joined[tokens > 0], tokens[tokens > 0])
+
+
+def _side_by_side(batches: Sequence[Inputs]) -> dict[str, Tensor]:
+    """The rows of several micro-batches as one, padded on the right, for measurements that look at all rows at once."""
+    fills = {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0}
+    lines: dict[str, list[Tensor]] = {name: [] for name in fills}
+    for batch in batches:
+        ids = batch["input_ids"]
+        mask = batch.get("attention_mask")
+        fields = {
+            "input_ids": ids,
+            "labels": batch["labels"],
+            "attention_mask": torch.ones_like(ids) if mask is None else mask,
+        }
+        for name, values in fields.items():
+            lines[name] += list(values)
+    return {
+        name: torch.nn.utils.rnn.pad_sequence(lines[name], batch_first=True, padding_value=fill)
+        for name, fill in fills.items()
+    }

@@ -1,0 +1,1 @@
+"""An example of a plug-in: a scheduler with a measurement of its own."""
