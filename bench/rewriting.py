@@ -28,8 +28,7 @@ from bench.report import Section, markdown, show
 from safe_sched.data.rows import core_rows, read_rows
 from safe_sched.data.schemas import read
 from safe_sched.mixing import task_prompts
-from safe_sched.mixing.rewriting.checks import TaskChecks
-from safe_sched.mixing.rewriting.words import common_start, turns_of
+from safe_sched.mixing.rewriting.checks import TaskChecks, common_start, turns_of
 
 TASKS = {"gsm8k": "gsm8k_train", "agnews": "agnews_train", "boolq": "boolq_train", "dolly": "dolly"}
 MARK, END = "<!-- results of bench/rewriting.py -->", "<!-- end of results -->"
