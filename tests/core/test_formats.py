@@ -21,6 +21,8 @@ from safe_sched.errors import DataError, OptionError
 from safe_sched.mixing import formats, templates
 from safe_sched.mixing.answers import KINDS, shape_of
 from safe_sched.mixing.blend import Place, Profiler, choose, clauses, put
+from safe_sched.mixing.clusters import CARRIER_WORDS
+from safe_sched.mixing.explain import explain
 from safe_sched.mixing.formats import TaskFormat, induce_format
 from safe_sched.mixing.options import MARK, OptionStyle, style_of
 from safe_sched.mixing.templates import ANYTHING, Filling, Template, learn
@@ -42,7 +44,7 @@ def rows_of(name: str, count: int = 300, seed: int = 0) -> list[dict[str, Any]]:
 
 def screen(found: TaskFormat) -> str:
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    console.print(found.explain())
+    console.print(explain(found))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -415,7 +417,7 @@ def test_long_rows_carry_nothing_while_there_are_shorter_ones() -> None:
     rows = [{"prompt": f"Sum up: {passage(random.Random(i))}", "completion": "x y"} for i in range(40)]
     rows += [{"prompt": f"Sum up: {phrase(random.Random(i), 600, 600)}.", "completion": "x y"} for i in range(5)]
     found = induce_format(rows)
-    assert max(len(found.render(SAFETY, i)["prompt"].split()) for i in range(90)) < formats.CARRIER_WORDS + 9
+    assert max(len(found.render(SAFETY, i)["prompt"].split()) for i in range(90)) < CARRIER_WORDS + 9
     every = induce_format(rows[40:])
     assert kept(SAFETY["prompt"], every.render(SAFETY)["prompt"])
 
@@ -497,7 +499,7 @@ def test_a_format_is_learnt_from_a_bounded_sample_of_a_stream() -> None:
     found = induce_format(stream())
     assert len(passed) == count
     assert found.rows_seen == formats.SAMPLE
-    numbers = [int(re.findall(r"\d+", found._carriers[i].parts[0].text)[0]) for i in range(formats.SAMPLE)]
+    numbers = [int(re.findall(r"\d+", found.carriers[i].parts[0].text)[0]) for i in range(formats.SAMPLE)]
     assert numbers == sorted(numbers)
     assert numbers[-1] >= formats.SAMPLE  # the end of the file has its part in it
 

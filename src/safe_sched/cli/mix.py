@@ -17,6 +17,7 @@ from safe_sched.cli.screen import errors_as_exit_codes, progress_bar
 from safe_sched.data import RowFile, RowWriter, open_rows
 from safe_sched.errors import DataError, OptionError
 from safe_sched.generation import TextGenerator
+from safe_sched.mixing.explain import explain as explain_format
 from safe_sched.mixing.formats import induce_format
 from safe_sched.mixing.mix import SAMPLE
 from safe_sched.mixing.plan import PROVENANCE, Mixture, mixture
@@ -142,7 +143,7 @@ def mix(
                     mixed = mixture(first, report.rows, mimic=False, **how)
             written = None if writer is None else _write(writer, itertools.chain(first, rows), mixed, progress)
     if explain:
-        console.print(found.explain() if found is not None else "No format is looked for with --no-mimic.")
+        console.print(explain_format(found) if found is not None else "No format is looked for with --no-mimic.")
     if report is not None:
         console.print(table("What rewriting would take" if dry_run else "Rewritten prompts", report.summary()))
     if written is not None and out is not None:

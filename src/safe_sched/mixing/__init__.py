@@ -1,6 +1,7 @@
 """Safety rows that look like the task's own, and mixing them in."""
 
 from safe_sched.data.schemas import SCHEMAS, Example, Part, Schema, detect, read, write
+from safe_sched.mixing.explain import explain
 from safe_sched.mixing.formats import TaskFormat, induce_format
 from safe_sched.mixing.mix import mimic, mix
 from safe_sched.mixing.plan import PROVENANCE
@@ -20,6 +21,7 @@ __all__ = [
     "Schema",
     "TaskFormat",
     "detect",
+    "explain",
     "induce_format",
     "local",
     "mimic",

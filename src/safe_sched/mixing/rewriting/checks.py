@@ -23,6 +23,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from os.path import commonprefix
 
 from safe_sched.data.rows import core_refusals
 from safe_sched.errors import OptionError
@@ -228,11 +229,11 @@ def _shortened(text: str) -> str:
 
 def _fixed(examples: Sequence[str]) -> tuple[str, str]:
     """What all examples begin and end with, in whole words; nothing where that is so short that it may be chance."""
-    prefix = common_start(*examples)
+    prefix = commonprefix(examples)
     if any(len(example) > len(prefix) and example[len(prefix)].isalnum() for example in examples):
         prefix = re.sub(r"\w+\Z", "", prefix)
     rests = [example[len(prefix) :][::-1] for example in examples]
-    suffix = common_start(*rests)[::-1]
+    suffix = commonprefix(rests)[::-1]
     if any(len(rest) > len(suffix) and rest[len(suffix)].isalnum() for rest in rests):
         suffix = re.sub(r"\A\w+", "", suffix)
     suffix = suffix.lstrip(".?!,;: ")  # how the last sentence of a prompt ends is its own matter
@@ -325,7 +326,7 @@ def same_word(one: str, other: str) -> bool:
     short, long = sorted((one, other), key=len)
     if len(short) < 4:
         return long in (short + "s", short + "es")
-    alike = len(common_start(short, long))
+    alike = len(commonprefix([short, long]))
     return short[alike:] in ("", "e", "y") and len(long) - alike <= 4
 
 
@@ -343,15 +344,3 @@ def turns_of(text: str) -> set[str]:
         elif start := next((start for start in TURNS if word.startswith((start, "un" + start))), None):
             found.add(start)
     return found
-
-
-def common_start(*texts: str) -> str:
-    """What all texts begin with.
-
-    Example:
-        >>> common_start("lock", "local")
-        'loc'
-    """
-    first, last = min(texts), max(texts)  # in the order of the alphabet these two differ the earliest
-    size = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[:size]
