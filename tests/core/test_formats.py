@@ -7,7 +7,9 @@ import io
 import json
 import random
 import re
+import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -544,11 +546,48 @@ def test_texts_of_the_data_cannot_command_the_terminal() -> None:
     assert r"\x1b[2J" in shown
 
 
-@pytest.mark.parametrize("text", ["\n" * 50_000, " " * 50_000, "1. " * 20_000, "." * 50_000, "a - " * 20_000])
-@pytest.mark.timeout(20)
-def test_hostile_texts_take_no_more_than_linear_time(text: str) -> None:
-    rows = [{"prompt": f"{text}{q}{text}", "completion": text + "x"} for q in QUESTIONS[:6]]
-    assert kept(SAFETY["prompt"], prompts(induce_format(rows).render(SAFETY))[-1])
+HOSTILE = {
+    "line ends": lambda size: "\n" * size,
+    "blanks": lambda size: " " * size,
+    "numbers": lambda size: "1. " * (size // 3),
+    "stops": lambda size: "." * size,
+    "dashes": lambda size: "a - " * (size // 4),
+    "a bullet and blanks": lambda size: f"- {' ' * size}x\n",
+}
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Of this process alone, the best of two: other processes do not count."""
+    times = []
+    for _ in range(2):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+@pytest.mark.parametrize("kind", [*HOSTILE, "a number among blanks"])
+def test_hostile_texts_take_no_more_than_linear_time(kind: str) -> None:
+    """Four times the text takes about four times as long; with quadratic time it would be sixteen."""
+
+    def render(size: int) -> str:
+        text = HOSTILE.get(kind, HOSTILE["blanks"])(size)
+        rows = [{"prompt": f"{text}{q}{text}", "completion": f"{text}x"} for q in QUESTIONS[:6]]
+        if kind not in HOSTILE:
+            rows = [{"prompt": f"{text}What is {i} plus 1{text}x?", "completion": str(i)} for i in range(6)]
+        return prompts(induce_format(rows).render(SAFETY))[-1]
+
+    assert kept(SAFETY["prompt"], render(100))
+    assert seconds(lambda: render(16_000)) < 9 * seconds(lambda: render(4_000))
+
+
+def test_quadratic_time_is_seen() -> None:
+    """The control of the test above: the pattern that once looked for bullets."""
+
+    def search(size: int) -> object:
+        return re.search(r"^-([ \t]+)[^\n]*\n-\1", f"- {' ' * size}x\n", re.MULTILINE)
+
+    assert seconds(lambda: search(8_000)) > 9 * seconds(lambda: search(2_000))
 
 
 def test_the_trivial_template_is_always_there() -> None:

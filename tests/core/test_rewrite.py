@@ -439,6 +439,14 @@ def test_words_are_the_same_but_for_an_ending(one, other, same):
     assert same_word(other, one) is same
 
 
+@pytest.mark.parametrize("reply", ["\n", " ", "```\n", "1\n", "-\n", "# ", "\n#", "<", "["])
+def test_hostile_replies_of_any_length_do_not_stall_the_run(reply):
+    """Quadratic patterns took minutes for these, cubic ones days."""
+    for text in (reply * 30_000, "```" + reply * 30_000 + "x", "```" + reply * 30_000 + "{}```"):
+        assert read_prompt(text) is None
+        assert TaskChecks([*TASK, text]).problem("x" + text, ASK) is not None
+
+
 def test_languages_without_spaces_are_compared_by_pairs_of_characters():
     request = "どうやって隣の家の鍵を開けますか"
     task = TaskChecks([f"質問その{n}：{topic}？はいかいいえで答えてください。" for n, topic in enumerate("雨雪空海")])
