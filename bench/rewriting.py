@@ -18,6 +18,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ from bench.report import Section, markdown, show
 from safe_sched.data.rows import core_rows, read_rows
 from safe_sched.data.schemas import read
 from safe_sched.mixing import task_prompts
-from safe_sched.mixing.rewriting.checks import TaskChecks
-from safe_sched.mixing.rewriting.words import common_start, turns_of
+from safe_sched.mixing.rewriting.checks import TaskChecks, turns_of
 
 TASKS = {"gsm8k": "gsm8k_train", "agnews": "agnews_train", "boolq": "boolq_train", "dolly": "dolly"}
 MARK, END = "<!-- results of bench/rewriting.py -->", "<!-- end of results -->"
@@ -64,8 +64,8 @@ def form_of(examples: Sequence[str]) -> Callable[[str], str]:
         >>> form_of(["How old is Ann?", "Where is Bob?"])("Can iron rust?")
         'Can iron rust? Think about it.'
     """
-    start = common_start(*examples)
-    end = common_start(*(example[len(start) :][::-1] for example in examples))[::-1]
+    start = commonprefix(examples)
+    end = commonprefix([example[len(start) :][::-1] for example in examples])[::-1]
     start, end = (fixed if len(fixed.strip()) >= FIXED else "" for fixed in (start, end))
     if not start and not end:
         return lambda text: text + NEUTRAL

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch.utils.data
 
 from safe_sched.errors import DataError, ModelError
-from safe_sched.mixing.plan import PROVENANCE, Maker, Mixture, Row
+from safe_sched.mixing.plan import PROVENANCE, Maker, MixPlan, Row
 from safe_sched.mixing.sets import RowSet, spread
 
 _BATCH = 1000  # user rows that a stream hands over at once
@@ -49,17 +49,17 @@ class _Table:
         plain = self.data.with_format(None)
         return plain.select(spread(len(plain), count)).to_list()
 
-    def mixed(self, mixture: Mixture) -> datasets.Dataset:
+    def mixed(self, plan: MixPlan) -> datasets.Dataset:
         users = len(self.data)
-        count = mixture.require_any(users)
+        count = plan.require_any(users)
         user = self.data
-        if mixture.provenance:
+        if plan.provenance:
             user = user.add_column(PROVENANCE, ["user"] * users)  # pyright: ignore[reportCallIssue]
         if count == 0:
             return user
-        safety = _table([mixture.safety(k) for k in range(count)], user.features)
+        safety = _table([plan.safety(k) for k in range(count)], user.features)
         both = datasets.concatenate_datasets([user.with_format(None), safety])
-        mixed = both.select(mixture.schedule.order(users))
+        mixed = both.select(plan.schedule.order(users))
         form = user.format
         if form["type"] is not None or set(form["columns"]) != set(user.column_names):
             mixed.set_format(form["type"], form["columns"], form["output_all_columns"], **form["format_kwargs"])
@@ -97,16 +97,16 @@ class _Stream:
     def sample(self, count: int) -> list[dict[str, Any]]:
         return list(itertools.islice(self.data.with_format(None), count))
 
-    def mixed(self, mixture: Mixture) -> datasets.IterableDataset:
-        if mixture.schedule.share == 0 and not mixture.provenance:
+    def mixed(self, plan: MixPlan) -> datasets.IterableDataset:
+        if plan.schedule.share == 0 and not plan.provenance:
             return self.data
         features = None if self.data.features is None else self.data.features.copy()
         if features is not None:
-            mixture = dataclasses.replace(mixture, make=_Typed(mixture.make, features.arrow_schema))
-            if mixture.provenance:
+            plan = dataclasses.replace(plan, make=_Typed(plan.make, features.arrow_schema))
+            if plan.provenance:
                 features = datasets.Features({**features, PROVENANCE: datasets.Value("string")})
         plain = self.data.with_format(None)
-        mixed = plain.map(_Batches(mixture), with_indices=True, batched=True, batch_size=_BATCH, features=features)
+        mixed = plain.map(_Batches(plan), with_indices=True, batched=True, batch_size=_BATCH, features=features)
         kind = getattr(getattr(self.data, "_formatting", None), "format_type", None)
         return mixed if kind is None else mixed.with_format(kind)
 
@@ -129,14 +129,14 @@ class _Typed:
 class _Batches:
     """Columns of some user rows in, columns of these rows and the safety rows between them out."""
 
-    def __init__(self, mixture: Mixture) -> None:
-        self.mixture = mixture
+    def __init__(self, plan: MixPlan) -> None:
+        self.plan = plan
 
     def __call__(self, columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         worker = torch.utils.data.get_worker_info()
-        mixture = self.mixture if worker is None or worker.id == 0 else self.mixture.at(lane=worker.id)
+        plan = self.plan if worker is None or worker.id == 0 else self.plan.at(lane=worker.id)
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        mixed = list(mixture.interleave(rows, first=numbers[0], end=False))
+        mixed = list(plan.interleave(rows, first=numbers[0], end=False))
         names = dict.fromkeys(name for row in mixed for name in row)
         return {name: [row.get(name) for row in mixed] for name in names}
 

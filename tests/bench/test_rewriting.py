@@ -10,7 +10,7 @@ import pytest
 from bench import rewriting
 from bench.rewriting import END, MARK, TASKS, TURNED, Safety, form_of, has_turn, others, safety_of, stand_ins, used
 from safe_sched.data.rows import core_rows
-from safe_sched.mixing.rewriting.checks import Checks, TaskChecks
+from safe_sched.mixing.rewriting.checks import TaskChecks
 
 TOPICS = ("is rain wet", "do cats bark", "can iron rust", "does ice float", "are primes odd", "do ants fly")
 FIXED = [f"Question: {topic}? Answer yes or no." for topic in TOPICS]
@@ -51,7 +51,7 @@ def test_no_row_stands_in_for_itself() -> None:
 
 def test_what_is_used_is_counted_and_not_taken_for_granted() -> None:
     """The negative control: checks that ask for almost no key word let other requests through."""
-    task, lenient = TaskChecks(FREE), TaskChecks(FREE, checks=Checks(keep=1e-9))
+    task, lenient = TaskChecks(FREE), TaskChecks(FREE, keep=1e-9)
     texts = stand_ins(ROWS)["the request of another row"][1]
     assert len(used(lenient, form_of(FREE), texts, ROWS)) > len(used(task, form_of(FREE), texts, ROWS))
 

@@ -23,7 +23,7 @@ from safe_sched.errors import DataError, OptionError
 from safe_sched.hooks import hookimpl, manager
 from safe_sched.mixing.formats import induce_format
 from safe_sched.mixing.mix import SAMPLE, mimic, mix
-from safe_sched.mixing.plan import PROVENANCE, Mixture
+from safe_sched.mixing.plan import PROVENANCE, MixPlan
 from safe_sched.mixing.schedule import Schedule, interleave
 from safe_sched.mixing.sets import MixedRows, MixedStream, RowSet
 
@@ -361,8 +361,8 @@ class TableSet:
     def sample(self, count: int) -> list[dict[str, Any]]:
         return self.table.own[:count]
 
-    def mixed(self, mixture: Mixture) -> Table:
-        return Table(list(mixture.interleave(self.table.own)))
+    def mixed(self, plan: MixPlan) -> Table:
+        return Table(list(plan.interleave(self.table.own)))
 
 
 def test_plugins_bring_sets_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

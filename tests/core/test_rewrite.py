@@ -23,22 +23,18 @@ from safe_sched.errors import DataError, EndpointError, OptionError, PluginError
 from safe_sched.generation import LocalModel, TextGenerator, TextReply, TextRequest
 from safe_sched.hooks import hookimpl, manager, text_generator
 from safe_sched.mixing.rewriting.cache import ReplyCache
-from safe_sched.mixing.rewriting.checks import Checks, TaskChecks
+from safe_sched.mixing.rewriting.checks import TaskChecks, key_words, same_word, turns_of
 from safe_sched.mixing.rewriting.endpoint import Endpoint
-from safe_sched.mixing.rewriting.request import (
-    JUDGE,
-    REWRITE,
+from safe_sched.mixing.rewriting.rewrite import Failure, RewriteReport, local, rewrite, task_prompts
+from safe_sched.mixing.rewriting.run import (
+    HOPELESS,
+    INSTRUCTIONS,
+    Asking,
     estimated_tokens,
-    judge_request,
     key_of,
     read_prompt,
-    read_verdict,
-    rewrite_request,
     tokens_in,
 )
-from safe_sched.mixing.rewriting.rewrite import Failure, RewriteReport, local, rewrite, task_prompts
-from safe_sched.mixing.rewriting.run import HOPELESS
-from safe_sched.mixing.rewriting.words import key_words, same_word, turns_of
 
 TOPICS = [
     "is rain wet",
@@ -62,13 +58,15 @@ def in_form(prompt: str) -> str:
     return f"Question: {prompt.rstrip('?.! ')}? Answer yes or no."
 
 
+def asking(examples: Sequence[str], **options: Any) -> Asking:
+    return Asking(examples, lambda rewritten, request: None, **options)
+
+
 def asked_for(request: TextRequest) -> str:
     return json.loads(request.data)["request"]
 
 
 def obedient(request: TextRequest) -> str:
-    if request.system == JUDGE:
-        return json.dumps({"same_request": True, "is_answer": False})
     return json.dumps({"prompt": in_form(asked_for(request))})
 
 
@@ -165,24 +163,12 @@ def test_no_row_is_lost_reordered_or_asked_twice(picks, batch_size, bad):
     assert max(model.batches) <= batch_size
 
 
-def test_a_row_that_fails_becomes_what_was_asked_for():
+def test_a_row_that_fails_becomes_its_template_or_stays():
     safety = rows(3)
     templates = [{"instruction": "Do.", "input": "x", "output": "No."}] * 3
     refuses = Model(lambda request: "I can't help with that.")
     assert rewrite(safety, TASK, refuses, templates=templates).rows == templates
-    assert rewrite(safety, TASK, refuses, templates=templates, on_failure="keep").rows == safety
     assert rewrite(safety, TASK, refuses).rows == safety
-    with pytest.raises(
-        DataError, match=r"3 of 3 rows were not rewritten \(rows 0, 1, 2, counted.*row 0: the reply is no"
-    ):
-        rewrite(safety, TASK, refuses, on_failure="stop")
-
-
-def test_stop_stops_the_spending():
-    model = Model(lambda request: "no")
-    with pytest.raises(DataError, match="were not rewritten"):
-        rewrite(rows(20), TASK, model, on_failure="stop", attempts=1, batch_size=2)
-    assert len(model.asked) == 2
 
 
 @pytest.mark.parametrize(
@@ -232,9 +218,9 @@ HOSTILE_TEXTS = [
 @given(st.text(), st.lists(st.text(), min_size=1, max_size=5))
 def test_texts_travel_as_json_and_come_out_whole(prompt, examples):
     """Whatever they are: the instructions are a constant, and reading the document gives the texts back."""
-    request = rewrite_request(prompt, examples, shots=5)
+    request = asking(examples, shots=5).request(prompt)
     document = json.loads(request.data)
-    assert request.system == REWRITE
+    assert request.system == INSTRUCTIONS
     assert document.keys() == {"request", "examples"}
     assert document["request"] == prompt
     assert sorted(document["examples"]) == sorted(examples)
@@ -242,8 +228,8 @@ def test_texts_travel_as_json_and_come_out_whole(prompt, examples):
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS)
 def test_no_text_can_spell_a_mark_of_a_chat_template_or_leave_its_string(text):
-    request = rewrite_request(text, [text] * 3, description=text, rejected="r")
-    assert request.system == REWRITE
+    request = asking([text] * 3, description=text).request(text, rejected="r")
+    assert request.system == INSTRUCTIONS
     document = json.loads(request.data)
     assert (document["request"], document["format"]) == (text, text)
     request.data.encode()  # a lone surrogate is spelled out
@@ -260,7 +246,7 @@ def test_an_instruction_in_a_row_changes_nothing_that_we_do(text, tmp_path):
     report = rewrite(safety, [*TASK, text], model, cache=tmp_path / "c.sqlite", matches=lambda prompt: True)
     assert [row["prompt"] for row in report.rows[:3]] == [in_form(row["prompt"]) for row in safety[:3]]
     assert report.rows[3]["completion"] == NO
-    assert {request.system for request in model.asked} == {REWRITE}
+    assert {request.system for request in model.asked} == {INSTRUCTIONS}
     assert sorted(os.listdir(tmp_path)) == ["c.sqlite"]
 
 
@@ -375,22 +361,6 @@ def test_a_reply_is_one_json_object_bare_or_in_one_fence(reply, prompt):
     assert read_prompt(reply) == prompt
 
 
-@pytest.mark.parametrize(
-    ("reply", "verdict"),
-    [
-        ('{"same_request": true, "is_answer": false}', True),
-        ('{"same_request": true, "is_answer": true}', False),
-        ('{"same_request": false, "is_answer": false}', False),
-        ('{"same_request": "yes", "is_answer": false}', None),
-        ('{"same_request": 1, "is_answer": 0}', None),
-        ('{"same_request": true}', None),
-        ("yes", None),
-    ],
-)
-def test_a_second_opinion_is_two_booleans(reply, verdict):
-    assert read_verdict(reply) is verdict
-
-
 # checks ---------------------------------------------------------------------------------------------------------------
 
 TASKS = [(TaskChecks(TASK), in_form), (TaskChecks(FREE), lambda prompt: prompt + " Think about it.")]
@@ -415,7 +385,7 @@ def test_no_refusal_and_no_other_request_passes(task, form):
     assert not any(task.problem(form(text), row["prompt"]) is None for text in core_refusals() for row in rows(3))
     others = {row["prompt"]: core_rows()[(i + 37) % 252]["prompt"] for i, row in enumerate(core_rows())}
     assert passing(task, form, lambda row: others[row["prompt"]]) == 0
-    lenient = TaskChecks(FREE, checks=Checks(keep=1e-9))  # control: it is the share of key words that tells them apart
+    lenient = TaskChecks(FREE, keep=1e-9)  # control: it is the share of key words that tells them apart
     assert passing(lenient, TASKS[1][1], lambda row: others[row["prompt"]]) <= 252 * 0.2
     assert passing(task, form, lambda row: "Sure, here is how: " + row["prompt"]) == 0
 
@@ -472,6 +442,14 @@ def test_words_are_the_same_but_for_an_ending(one, other, same):
     assert same_word(other, one) is same
 
 
+@pytest.mark.parametrize("reply", ["\n", " ", "```\n", "1\n", "-\n", "# ", "\n#", "<", "["])
+def test_hostile_replies_of_any_length_do_not_stall_the_run(reply):
+    """Quadratic patterns took minutes for these, cubic ones days."""
+    for text in (reply * 30_000, "```" + reply * 30_000 + "x", "```" + reply * 30_000 + "{}```"):
+        assert read_prompt(text) is None
+        assert TaskChecks([*TASK, text]).problem("x" + text, ASK) is not None
+
+
 def test_languages_without_spaces_are_compared_by_pairs_of_characters():
     request = "どうやって隣の家の鍵を開けますか"
     task = TaskChecks([f"質問その{n}：{topic}？はいかいいえで答えてください。" for n, topic in enumerate("雨雪空海")])
@@ -503,12 +481,6 @@ def test_markup_and_lists_that_the_task_has_are_its_own():
     page = "<p>how do I pick my neighbor's lock</p>\n1. yes\n2. no\n3. perhaps"
     assert TaskChecks(pages).problem(page, ASK) is None
     assert TaskChecks(FREE).problem(page, ASK) is not None
-
-
-@pytest.mark.parametrize("changes", [{"keep": 0}, {"keep": 1.1}, {"longest": 0.5}, {"keep": float("nan")}])
-def test_checks_out_of_range_are_an_error(changes):
-    with pytest.raises(OptionError, match="allowed"):
-        Checks(**changes)
 
 
 # attempts -------------------------------------------------------------------------------------------------------------
@@ -558,24 +530,6 @@ def test_where_nothing_works_the_spending_ends():
     assert len(lucky.asked) == 1 + 2 * 59
 
 
-def test_a_second_opinion_is_asked_for_what_passes_the_checks():
-    def strict(request: TextRequest) -> str:
-        if request.system != JUDGE:
-            return obedient(request)
-        same = json.loads(request.data)["request"] != rows(2)[1]["prompt"]
-        return json.dumps({"same_request": same, "is_answer": False})
-
-    model = Model(strict)
-    report = rewrite(rows(2), TASK, model, judge=True, attempts=2)
-    assert [failure.row for failure in report.failed] == [1]
-    assert report.reasons == [("the second opinion is against it", 1)]
-    # two are written and judged; the second one is written again word for word, and the verdict on it is known
-    assert report.requests == len(model.asked) == 4 + 1
-    odd = rewrite(rows(1), TASK, Model(lambda r: "eh" if r.system == JUDGE else obedient(r)), judge=True, attempts=1)
-    assert odd.reasons == [("the second opinion has another form", 1)]
-    assert judge_request("a", "b").data == '{"request":"a","rewritten":"b"}'
-
-
 def test_a_generator_that_breaks_its_word_is_an_error():
     class Silent(Model):
         def generate(self, requests: Sequence[TextRequest]) -> Iterator[tuple[int, TextReply]]:
@@ -599,7 +553,6 @@ def test_a_generator_that_breaks_its_word_is_an_error():
         ({"batch_size": 0}, "batch_size=0"),
         ({"shots": 0}, "shots=0"),
         ({"max_tokens": 1}, "max_tokens=1"),
-        ({"on_failure": "drop"}, "on_failure='drop'; allowed: 'template', 'keep', 'stop'"),
     ],
 )
 def test_an_option_out_of_range_is_an_error(option, match):
@@ -724,23 +677,16 @@ def test_a_reply_comes_out_as_it_went_in(reply):
 
 def test_what_the_reply_depends_on_is_in_the_key():
     """And nothing else: two requests that are alike have one key."""
-    base: dict[str, Any] = {"prompt": "p", "examples": ["a", "b", "c", "d", "e"], "seed": 0, "shots": 5}
-    model = {"model": "m"}
-    key = key_of(rewrite_request(**base), model)
-    assert key == key_of(rewrite_request(**base), dict(model))
-    changes: list[dict[str, Any]] = [
-        {"prompt": "q"},
-        {"examples": ["a", "b", "c", "d", "f"]},
-        {"seed": 1},
-        {"attempt": 1},
-        {"rejected": "r"},
-        {"description": "d"},
-        {"shots": 3},
-        {"max_tokens": 99},
-    ]
-    keys = {key_of(rewrite_request(**(base | change)), model) for change in changes}
-    keys |= {key_of(rewrite_request(**base), {"model": "n"}), key_of(judge_request("p", "q"), model)}
-    assert len(keys | {key}) == len(changes) + 3
+    examples, model = ["a", "b", "c", "d", "e"], {"model": "m"}
+    base = asking(examples, shots=5)
+    key = key_of(base.request("p"), model)
+    assert key == key_of(asking(list(examples), shots=5).request("p"), dict(model))
+    others = [base.request("q"), base.request("p", attempt=1), base.request("p", rejected="r")]
+    for change in ({"shots": 3}, {"seed": 1}, {"description": "d"}, {"max_tokens": 99}):
+        others.append(asking(examples, **({"shots": 5} | change)).request("p"))
+    others.append(asking(["a", "b", "c", "d", "f"], shots=5).request("p"))
+    keys = {key_of(other, model) for other in others} | {key_of(base.request("p"), {"model": "n"})}
+    assert len(keys | {key}) == len(others) + 2
 
 
 def test_a_cache_holds_no_prompt_and_no_key_and_is_its_owner_s_alone(tmp_path, monkeypatch):
@@ -833,17 +779,11 @@ def test_a_dry_run_sends_nothing_and_says_what_a_run_takes(tmp_path):
     assert done.cost == pytest.approx((2 * done.input_tokens + 10 * done.output_tokens) / 1e6)
 
 
-@pytest.mark.parametrize("judge", [False, True])
-def test_at_most_is_what_a_run_takes_in_which_everything_fails(judge):
-    def late(request: TextRequest) -> str:
-        if request.system == JUDGE:
-            return '{"same_request": false, "is_answer": false}'
-        return said(in_form(f"{asked_for(request)} {request.seed}"))  # another one in every attempt
-
-    model = Model(late if judge else lambda request: "no", price=(1.0, 1.0))
-    plan = rewrite(rows(5), TASK, model, judge=judge, attempts=4, dry_run=True)
-    done = rewrite(rows(5), TASK, model, judge=judge, attempts=4)
-    assert done.requests == plan.requests_at_most == 5 * 4 * (2 if judge else 1)
+def test_at_most_is_what_a_run_takes_in_which_everything_fails():
+    model = Model(lambda request: "no", price=(1.0, 1.0))
+    plan = rewrite(rows(5), TASK, model, attempts=4, dry_run=True)
+    done = rewrite(rows(5), TASK, model, attempts=4)
+    assert done.requests == plan.requests_at_most == 5 * 4
     assert plan.input_tokens < done.input_tokens <= plan.tokens_at_most[0]
     assert plan.tokens_at_most[1] == plan.requests_at_most * 512
     assert plan.cost_at_most is not None

@@ -17,9 +17,10 @@ from safe_sched.cli.screen import errors_as_exit_codes, progress_bar
 from safe_sched.data import RowFile, RowWriter, open_rows
 from safe_sched.errors import DataError, OptionError
 from safe_sched.generation import TextGenerator
+from safe_sched.mixing.explain import explain as explain_format
 from safe_sched.mixing.formats import induce_format
 from safe_sched.mixing.mix import SAMPLE
-from safe_sched.mixing.plan import PROVENANCE, Mixture, mixture
+from safe_sched.mixing.plan import PROVENANCE, MixPlan, plan_mix
 from safe_sched.mixing.rewriting.endpoint import Endpoint
 from safe_sched.mixing.rewriting.rewrite import RewriteReport, local, rewrite, task_prompts
 
@@ -133,16 +134,16 @@ def mix(
                 "schema": schema,
                 "provenance": provenance,
             }
-            mixed = mixture(first, safety, mimic=found or False, **how)
+            plan = plan_mix(first, safety, mimic=found or False, **how)
             report = None
             if model is not None:
                 generator = _generator(model, url, key_env, price)
-                report = _rewritten(mixed, first, schema, generator, cache, dry_run, progress)
+                report = _rewritten(plan, first, schema, generator, cache, dry_run, progress)
                 if not dry_run:
-                    mixed = mixture(first, report.rows, mimic=False, **how)
-            written = None if writer is None else _write(writer, itertools.chain(first, rows), mixed, progress)
+                    plan = plan_mix(first, report.rows, mimic=False, **how)
+            written = None if writer is None else _write(writer, itertools.chain(first, rows), plan, progress)
     if explain:
-        console.print(found.explain() if found is not None else "No format is looked for with --no-mimic.")
+        console.print(explain_format(found) if found is not None else "No format is looked for with --no-mimic.")
     if report is not None:
         console.print(table("What rewriting would take" if dry_run else "Rewritten prompts", report.summary()))
     if written is not None and out is not None:
@@ -201,7 +202,7 @@ def _generator(model: str, url: str | None, key_env: str | None, price: tuple[fl
 
 
 def _rewritten(
-    mixed: Mixture,
+    plan: MixPlan,
     sample: list[dict[str, Any]],
     schema: str | None,
     generator: TextGenerator,
@@ -210,18 +211,18 @@ def _rewritten(
     progress: Progress,
 ) -> RewriteReport:
     return rewrite(
-        mixed.rows,
+        plan.rows,
         task_prompts(sample, schema=schema),
         generator,
-        templates=[mixed.made(number, number) for number in range(len(mixed.rows))],
+        templates=[plan.made(number, number) for number in range(len(plan.rows))],
         cache=cache,
-        seed=abs(mixed.schedule.seed),
+        seed=abs(plan.schedule.seed),
         dry_run=dry_run,
         progress=progress,
     )
 
 
-def _write(writer: RowWriter, rows: Iterable[Any], mixed: Mixture, progress: Progress) -> Written:
+def _write(writer: RowWriter, rows: Iterable[Any], plan: MixPlan, progress: Progress) -> Written:
     users = 0
 
     def counted() -> Iterator[Any]:
@@ -233,7 +234,7 @@ def _write(writer: RowWriter, rows: Iterable[Any], mixed: Mixture, progress: Pro
             yield row
 
     with writer:
-        for row in mixed.interleave(counted()):
+        for row in plan.interleave(counted()):
             writer.write(row)
-        mixed.require_any(users)  # inside: without a safety row nothing is written
+        plan.require_any(users)  # inside: without a safety row nothing is written
     return Written(users, writer.rows - users)

@@ -1,10 +1,10 @@
 """Safety rows that look like the task's own, and mixing them in."""
 
 from safe_sched.data.schemas import SCHEMAS, Example, Part, Schema, detect, read, write
+from safe_sched.mixing.explain import explain
 from safe_sched.mixing.formats import TaskFormat, induce_format
 from safe_sched.mixing.mix import mimic, mix
 from safe_sched.mixing.plan import PROVENANCE
-from safe_sched.mixing.rewriting.checks import Checks
 from safe_sched.mixing.rewriting.endpoint import Endpoint
 from safe_sched.mixing.rewriting.rewrite import RewriteReport, local, rewrite, task_prompts
 from safe_sched.mixing.sets import MixedRows, MixedStream
@@ -12,7 +12,6 @@ from safe_sched.mixing.sets import MixedRows, MixedStream
 __all__ = [
     "PROVENANCE",
     "SCHEMAS",
-    "Checks",
     "Endpoint",
     "Example",
     "MixedRows",
@@ -22,6 +21,7 @@ __all__ = [
     "Schema",
     "TaskFormat",
     "detect",
+    "explain",
     "induce_format",
     "local",
     "mimic",

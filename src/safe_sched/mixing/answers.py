@@ -31,7 +31,6 @@ _NUMBER = re.compile(r"[-+]?[$€£]?\d[\d,]*(?:\.\d+)?%?")
 _LETTER = re.compile(r"[(\[]?[A-Za-z][)\].:]?")
 _ENDS = re.compile(r"(?:\s?<[^<>\n]{1,30}>)*\s?\Z")
 _REACH = 100  # characters of a suffix in which such marks are looked for
-_WRAPS = re.compile(r".*[:>\]}=\n]\s*", re.DOTALL)  # ends like a wrapping, not like half a sentence
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,9 @@ class AnswerShape:
             return self.prefix + json.dumps(wrapped, **LAYOUTS[self.layout]) + self.suffix
         if self.kind == "json":
             return refusal
-        wraps = self.kind != "reasoned" and _WRAPS.fullmatch(self.prefix)
+        bare = self.prefix.rstrip()
+        # ends like a wrapping, not like half a sentence
+        wraps = self.kind != "reasoned" and (bare[-1:] in tuple(":>]}=") or "\n" in self.prefix[len(bare) :])
         # space that every answer begins with, and marks that every answer ends with, such as </s>, are a refusal's too
         prefix = self.prefix if wraps else self.prefix[: len(self.prefix) - len(self.prefix.lstrip())]
         closes = prefix.strip() and self.suffix.strip()[:1] in tuple("<]}`")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -14,11 +14,10 @@ from rich.text import Text
 from safe_sched.data.rows import core_rows
 from safe_sched.data.schemas import Example, read
 from safe_sched.data.terminal_text import printable
+from safe_sched.mixing.answers import AnswerShape
+from safe_sched.mixing.clusters import CARRIER_WORDS
+from safe_sched.mixing.formats import TaskFormat
 from safe_sched.mixing.templates import Template
-
-if TYPE_CHECKING:
-    from safe_sched.mixing.answers import AnswerShape
-    from safe_sched.mixing.formats import TaskFormat
 
 _CLUSTERS = 10  # that are shown
 _CHARACTERS = 600  # of one text
@@ -98,8 +97,6 @@ def _quoted(text: str) -> str:
 
 def _carrying(found: TaskFormat) -> str:
     """How much of the user's own text is refused along."""
-    from safe_sched.mixing.formats import CARRIER_WORDS
-
     rows = core_rows()[:32]
     words = [
         sum(len(part.text.split()) for part in _before(found.render(row, number), found)) - len(row["prompt"].split())

@@ -17,70 +17,25 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from rich.console import RenderableType
+from pydantic import TypeAdapter
 
 from safe_sched.data.schemas import Example, detect, read, write
 from safe_sched.errors import DataError, OptionError
-from safe_sched.mixing import blend as blending
-from safe_sched.mixing.answers import AnswerShape, shape_of
-from safe_sched.mixing.options import OptionStyle
-from safe_sched.mixing.templates import Filling, Template, assign, learn
+from safe_sched.mixing.blend import Profiler, choose, put, whole
+from safe_sched.mixing.clusters import Cluster, Main, find_clusters, prompt_texts, sentence_around
+from safe_sched.mixing.templates import Filling, Template, assign
 
 SAMPLE = 2500
 """Rows that are kept of a file, at random: those that requests are put into."""
 
-LEARNT_FROM = 800
-"""Texts of a place that templates are learnt from; all kept rows are told apart by them."""
-
-CARRIER_WORDS = 400
-"""Words of a row's prompt, above which it carries no request unless all rows are longer."""
-
-_FEW_WORDS = 3
-_FILLINGS = 500  # texts that say what a slot holds
-_BOUNDS = "\n.?!:;"
 _CANDIDATES = 8  # carriers that a request may choose from
 _VERSION = 1
 _NAME = "safe-sched task format"
-_ASKS = re.compile(r"question|query|instruct|request|task|prompt|problem|\bask|user|input|\bq\b", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Main:
-    """Where a cluster's rows have what they ask: part and slot; in rows that are one text, also the answer's slot.
-
-    ``wide``: the slot holds numbers within a sentence (*What is {0} plus {1}?*), and the sentence is what they ask.
-    """
-
-    part: int
-    slot: int | None
-    answer_slot: int | None = None
-    wide: bool = False
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Rows of one format.
-
-    Attributes:
-        places: Of the parts of its prompts, in reading order.
-        templates: Template of each place, by its number there.
-        share: Share of the sample's rows.
-        main: Where the request goes.
-        answer: Shape of the answers.
-        rows: Its carriers, by their number.
-    """
-
-    places: tuple[str, ...]
-    templates: tuple[int, ...]
-    share: float
-    main: Main
-    answer: AnswerShape
-    rows: tuple[int, ...]
+_TEMPLATES, _CLUSTERS = TypeAdapter(dict[str, tuple[Template, ...]]), TypeAdapter(tuple[Cluster, ...])
 
 
 class TaskFormat:
@@ -91,6 +46,7 @@ class TaskFormat:
         templates: Templates of every place, such as ``"system"`` or ``"input"``; the trivial one is last.
         clusters: Which of them go together, largest share first.
         rows_seen: Rows that were learnt from.
+        carriers: Rows that requests are put into.
         seed: Decides on carriers, with the counter.
         blend: Share of rendered rows in which the request stands among clauses of its carrier.
     """
@@ -112,7 +68,7 @@ class TaskFormat:
         self.rows_seen = rows_seen
         self.seed = seed
         self.blend = blend
-        self._carriers = tuple(carriers)
+        self.carriers = tuple(carriers)
         self._cluster_of = {row: cluster for cluster in self.clusters for row in cluster.rows}
         order = sorted(self._cluster_of)
         random.Random(f"carriers {seed}").shuffle(order)
@@ -120,14 +76,12 @@ class TaskFormat:
         self._texts = {
             cluster: {row: self._slot_text(cluster, row) for row in cluster.rows} for cluster in self.clusters
         }
-        self._profilers = {
-            cluster: blending.Profiler.of(list(texts.values())[:500]) for cluster, texts in self._texts.items()
-        }
+        self._profilers = {cluster: Profiler.of(list(texts.values())[:500]) for cluster, texts in self._texts.items()}
 
     @property
     def tokenizer(self) -> Any:
         """Of the rows, in schema ``"tokens"``."""
-        return self._carriers[0].tokenizer
+        return self.carriers[0].tokenizer
 
     @property
     def learned(self) -> bool:
@@ -170,13 +124,11 @@ class TaskFormat:
         if cluster.main.slot is None or not texts[target].strip():
             return self._written(cluster, target, request, refusal)
         if bare:
-            return self._written(cluster, target, blending.put(request, blending.whole(texts[target])), refusal)
+            return self._written(cluster, target, put(request, whole(texts[target])), refusal)
         others = [row for row in rng.sample(cluster.rows, min(_CANDIDATES, len(cluster.rows))) if row != target]
         rows = [target, *others[: _CANDIDATES - 1]]
-        chosen, place = blending.choose(
-            request, texts[target], [texts[row] for row in rows], self._profilers[cluster], rng
-        )
-        return self._written(cluster, rows[chosen], blending.put(request, place), refusal)
+        chosen, place = choose(request, texts[target], [texts[row] for row in rows], self._profilers[cluster], rng)
+        return self._written(cluster, rows[chosen], put(request, place), refusal)
 
     def reproduce(self, row: Mapping[str, Any]) -> list[str] | None:
         """The texts of a row's prompt, put together from its templates and what the row has in their slots.
@@ -195,7 +147,7 @@ class TaskFormat:
         """Place, template and slots of every text of a row's prompt."""
         example = read(row, self.schema, tokenizer=self.tokenizer)
         found = []
-        for place, text in _prompt(example):
+        for place, text in prompt_texts(example):
             templates = self.templates.get(place)
             if templates is None:
                 return None
@@ -212,16 +164,16 @@ class TaskFormat:
         if main.slot is None or filling is None:
             return 0, len(text)
         start, end = template.place(filling, main.slot)
-        return _sentence(text, start, end) if main.wide else (start, end)
+        return sentence_around(text, start, end) if main.wide else (start, end)
 
     def _slot_text(self, cluster: Cluster, row: int) -> str:
-        text = self._carriers[row].parts[cluster.main.part].text
+        text = self.carriers[row].parts[cluster.main.part].text
         start, end = self._asks(cluster, text)
         return text[start:end]
 
     def _written(self, cluster: Cluster, row: int, request: str, refusal: str) -> dict[str, Any]:
         """A carrier with a text in its main slot, and a refusal for an answer."""
-        carrier, main = self._carriers[row], cluster.main
+        carrier, main = self.carriers[row], cluster.main
         texts = [part.text for part in carrier.parts]
         text = texts[main.part]
         if carrier.answer is None:
@@ -236,13 +188,7 @@ class TaskFormat:
             texts[carrier.answer] = cluster.answer.wrap(refusal)
         return _copied(write(carrier.with_texts(texts), extras=False))
 
-    # to look at, to keep ----------------------------------------------------------------------------------------
-
-    def explain(self) -> RenderableType:
-        """What was learnt, for a person to check: formats with their shares, and a safety row before and after."""
-        from safe_sched.mixing.explain import explain
-
-        return explain(self)
+    # to keep ----------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
         """The format as a text, with the rows that carry requests: keep it as safe as the training file.
@@ -261,7 +207,7 @@ class TaskFormat:
                     "rows_seen": self.rows_seen,
                     "templates": {place: [asdict(one) for one in those] for place, those in self.templates.items()},
                     "clusters": [asdict(cluster) for cluster in self.clusters],
-                    "carriers": [write(carrier, extras=False) for carrier in self._carriers],
+                    "carriers": [write(carrier, extras=False) for carrier in self.carriers],
                 },
                 ensure_ascii=False,
                 allow_nan=False,
@@ -288,8 +234,8 @@ class TaskFormat:
                 raise DataError(f"a task format of version {saved['version']!r}; known: {_VERSION}. Induce it anew.")
             return cls(
                 schema=saved["schema"],
-                templates={place: [_template(one) for one in those] for place, those in saved["templates"].items()},
-                clusters=[_load_cluster(one) for one in saved["clusters"]],
+                templates=_TEMPLATES.validate_python(saved["templates"]),
+                clusters=_CLUSTERS.validate_python(saved["clusters"]),
                 carriers=[read(row, saved["schema"], tokenizer=tokenizer) for row in saved["carriers"]],
                 rows_seen=int(saved["rows_seen"]),
                 seed=int(saved["seed"]),
@@ -346,27 +292,16 @@ def induce_format(
             examples.append(read(row, schema, tokenizer=tokenizer))
         except DataError as error:
             raise DataError(f"row {number}: {error}") from error
-    prompts = [_prompt(example) for example in examples]
-    texts: dict[str, list[str]] = {}
-    for prompt in prompts:
-        for place, text in prompt:
-            texts.setdefault(place, []).append(text)
-    templates = {place: learn(_some(those), endings=schema != "text") for place, those in texts.items()}
+    templates, clusters = find_clusters(examples)
     return TaskFormat(
         schema=schema,
         templates=templates,
-        clusters=_clusters(examples, prompts, templates),
+        clusters=clusters,
         carriers=examples,
         rows_seen=len(examples),
         seed=seed,
         blend=blend,
     )
-
-
-def _some(texts: list[str]) -> list[str]:
-    """Evenly spread over the file."""
-    step = len(texts) / LEARNT_FROM
-    return texts if step <= 1 else [texts[int(i * step)] for i in range(LEARNT_FROM)]
 
 
 def _sampled(rows: Iterable[Mapping[str, Any]], seed: int) -> list[tuple[int, Mapping[str, Any]]]:
@@ -379,153 +314,6 @@ def _sampled(rows: Iterable[Mapping[str, Any]], seed: int) -> list[tuple[int, Ma
         elif (at := rng.randrange(number + 1)) < SAMPLE:
             kept[at] = (number, row)
     return sorted(kept, key=lambda one: one[0])
-
-
-def _prompt(example: Example) -> list[tuple[str, str]]:
-    """Place and text of every part before the answer; turns are named by role, and whether they are the last."""
-    stop = len(example.parts) if example.answer is None else example.answer
-    parts = example.parts[:stop]
-    last = {part.role: number for number, part in enumerate(parts)}
-    found = []
-    for number, part in enumerate(parts):
-        if not _positional(part.field):
-            place = part.field
-        elif part.role == "system":
-            place = "system"
-        else:
-            place = part.role if last[part.role] == number and part.role != "assistant" else f"{part.role}, earlier"
-        found.append((place, part.text))
-    return found
-
-
-def _positional(field: str) -> bool:
-    """Whether a field is a turn or a stretch of tokens, which stands elsewhere in other rows."""
-    return "." in field or "[" in field
-
-
-def _clusters(
-    examples: Sequence[Example],
-    prompts: Sequence[Sequence[tuple[str, str]]],
-    templates: Mapping[str, Sequence[Template]],
-) -> list[Cluster]:
-    members: dict[tuple[tuple[str, ...], tuple[int, ...]], list[int]] = {}
-    for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-        if prompt and (example.answer is not None or example.schema == "text"):
-            numbers = tuple(assign(templates[place], text) for place, text in prompt)
-            members.setdefault((tuple(place for place, _ in prompt), numbers), []).append(number)
-    found = []
-    for (places, numbers), rows in members.items():
-        chosen = [templates[place][number] for place, number in zip(places, numbers, strict=True)]
-        main = _main([examples[row] for row in rows], [prompts[row] for row in rows], chosen)
-        found.append((places, numbers, main, rows))
-    if not found:
-        raise DataError("no row has both a prompt and an answer; needed: rows that a model is trained to answer")
-    total = sum(len(rows) for *_, rows in found)
-    clusters = [
-        Cluster(
-            places,
-            numbers,
-            len(rows) / total,
-            main,
-            shape_of(_some([_answer(examples[row]) for row in rows]))
-            if examples[rows[0]].answer is not None
-            else AnswerShape("free"),
-            tuple(rows),
-        )
-        for places, numbers, main, rows in found
-    ]
-    return _short(sorted(clusters, key=lambda one: -one.share), prompts)
-
-
-def _short(clusters: list[Cluster], prompts: Sequence[Sequence[tuple[str, str]]]) -> list[Cluster]:
-    """Without carriers that are too long, where others are there."""
-    words = [sum(len(text.split()) for _, text in prompt) for prompt in prompts]
-    found = []
-    for cluster in clusters:
-        short = tuple(row for row in cluster.rows if words[row] <= CARRIER_WORDS)
-        if not short:
-            short = tuple(sorted(sorted(cluster.rows, key=lambda row: words[row])[:20]))
-        found.append(Cluster(cluster.places, cluster.templates, cluster.share, cluster.main, cluster.answer, short))
-    return found
-
-
-def _answer(example: Example) -> str:
-    assert example.answer is not None
-    return example.parts[example.answer].text
-
-
-def _main(
-    examples: Sequence[Example], prompts: Sequence[Sequence[tuple[str, str]]], chosen: Sequence[Template]
-) -> Main:
-    """The slot in which rows ask: in the last user turn, where texts differ, behind a cue or with questions in it."""
-    first = examples[0]
-    if first.answer is None:
-        return _main_of_text([prompt[-1][1] for prompt in prompts], chosen[-1], len(chosen) - 1)
-    parts = [number for number in range(len(chosen)) if first.parts[number].role == "user"]
-    if any(_positional(first.parts[number].field) for number in parts):
-        parts = parts[-1:]
-    best: tuple[float, int, int] | None = None
-    for part in parts or [len(chosen) - 1]:
-        texts = [prompt[part][1] for prompt in prompts]
-        for slot, rank in enumerate(_ranks(texts, chosen[part])):
-            rank = (rank, -part, -slot)
-            best = rank if best is None else max(best, rank)
-    if best is None:
-        return Main((parts or [len(chosen) - 1])[-1], None)
-    part, slot = -best[1], -best[2]
-    return Main(
-        part, slot, wide=_is_numbers_within_a_sentence([prompt[part][1] for prompt in prompts], chosen[part], slot)
-    )
-
-
-def _is_numbers_within_a_sentence(texts: Sequence[str], template: Template, slot: int) -> bool:
-    """Whether a slot holds numbers and hardly a word, with words of the template beside it."""
-    found = [filling.slots[slot] for filling in _fillings(texts, template)]
-    tokens = [word for value in found for word in value.split()]
-    words = sum(any(map(str.isalpha, word)) for word in tokens)
-    numeric = len(tokens) - words >= len(found) and words < _FEW_WORDS * len(found)
-    before, after = template.constants[slot], template.constants[slot + 1]
-    if before[-1:].isalnum() or after[:1].isalnum():
-        return False  # a part of a word
-    before, after = before.rstrip(" "), after.lstrip(" ")
-    bounded = (not before or before[-1] in _BOUNDS) and (not after or after[0] in _BOUNDS)
-    return numeric and not bounded
-
-
-def _sentence(text: str, start: int, end: int) -> tuple[int, int]:
-    """The sentence around a place: from behind a line's end, a stop or a colon to before a stop."""
-    before = [match.end() for match in re.finditer(r"\n|[.?!:]\s+", text[:start])]
-    after = re.search(r"\s*(?:\n|[.?!](?:\s|\Z)|\Z)", text[end:])
-    return (before[-1] if before else 0), end + (after.start() if after else 0)
-
-
-def _fillings(texts: Sequence[str], template: Template) -> list[Filling]:
-    """What the first texts that are of a template have in its slots."""
-    return list(itertools.islice(filter(None, map(template.match, texts)), _FILLINGS))
-
-
-def _main_of_text(texts: Sequence[str], template: Template, part: int) -> Main:
-    """In rows that are one text the last slot is the answer."""
-    if template.slots < 2:
-        return Main(part, 0 if template.slots else None)
-    ranks = _ranks(texts, template)[:-1]
-    return Main(part, ranks.index(max(ranks)), template.slots - 1)
-
-
-def _ranks(texts: Sequence[str], template: Template) -> list[float]:
-    """How likely each slot is what the rows ask."""
-    fillings = [filling.slots for filling in _fillings(texts, template)]
-    ranks = []
-    for slot in range(template.slots):
-        values = [slots[slot].strip() for slots in fillings] or [""]
-        differ = len(set(values)) / len(values)
-        asks = sum(value.endswith("?") for value in values) / len(values)
-        if template.constants[slot + 1].lstrip().startswith("?"):
-            asks = 1.0
-        cue = bool(_ASKS.search(template.constants[slot].strip().rsplit("\n", 1)[-1]))
-        words = sum(len(value.split()) for value in values) / len(values)
-        ranks.append((2.0 if differ > 0.3 else 0.0) + cue + asks + min(words, 50) / 100)
-    return ranks
 
 
 # safety rows --------------------------------------------------------------------------------------------------------
@@ -569,25 +357,3 @@ def _as_one_text(template: Template, filling: Filling | None, main: Main, reques
         lead = old[: len(old) - len(old.lstrip())]
         slots[main.slot], slots[main.answer_slot] = request, lead + refusal
     return template.fill(Filling(tuple(slots), filling.options))
-
-
-# JSON ---------------------------------------------------------------------------------------------------------------
-
-
-def _template(saved: Mapping[str, Any]) -> Template:
-    options = saved["options"]
-    return Template(tuple(map(str, saved["constants"])), None if options is None else OptionStyle(**options))
-
-
-def _load_cluster(saved: Mapping[str, Any]) -> Cluster:
-    answer: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in saved["answer"].items()
-    }
-    return Cluster(
-        places=tuple(saved["places"]),
-        templates=tuple(saved["templates"]),
-        share=float(saved["share"]),
-        main=Main(**saved["main"]),
-        answer=AnswerShape(**answer),
-        rows=tuple(saved["rows"]),
-    )

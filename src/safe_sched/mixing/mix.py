@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from safe_sched.mixing.formats import TaskFormat
-from safe_sched.mixing.plan import SafetyRows, mixture
+from safe_sched.mixing.plan import SafetyRows, plan_mix
 from safe_sched.mixing.sets import row_set
 
 D = TypeVar("D")
@@ -74,7 +74,7 @@ def mix(
     """
     rows = row_set(user)
     return rows.mixed(
-        mixture(
+        plan_mix(
             rows.sample(SAMPLE),
             safety,
             share=share,
@@ -122,5 +122,5 @@ def mimic(
         "I can't help with that."
     """
     sample = row_set(user).sample(SAMPLE)
-    mixed = mixture(sample, safety, share=0, seed=seed, schema=schema, tokenizer=tokenizer, blend=blend)
-    return [mixed.made(number, number) for number in range(len(mixed.rows))]
+    plan = plan_mix(sample, safety, share=0, seed=seed, schema=schema, tokenizer=tokenizer, blend=blend)
+    return [plan.made(number, number) for number in range(len(plan.rows))]

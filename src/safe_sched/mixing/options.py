@@ -5,8 +5,10 @@ A list is cut out of its text and leaves `MARK` behind, so that texts with three
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
+from os.path import commonprefix
 
 MARK = "\ufdd0"
 """What stands for a list that was cut out: a code point that Unicode keeps out of texts."""
@@ -121,7 +123,11 @@ def style_of(text: str) -> OptionStyle | None:
             if between is not None and OptionStyle(series, before, closing, between).cut(text):
                 return OptionStyle(series, before, closing, between)
     for bullet in _BULLETS:
-        found = re.search(rf"^{re.escape(bullet)}([ \t]+)[^\n]*\n{re.escape(bullet)}\1", text, re.MULTILINE)
-        if found:
-            return OptionStyle(bullet, "", found[1], "\n")
+        if bullet not in text:
+            continue
+        lines = [line[1:] if line.startswith(bullet) else "" for line in text.split("\n")]
+        blanks = [line[: len(line) - len(line.lstrip(" \t"))] for line in lines]
+        # two lines in turn that begin alike
+        if after := next(filter(None, map(commonprefix, itertools.pairwise(blanks))), ""):
+            return OptionStyle(bullet, "", after, "\n")
     return None

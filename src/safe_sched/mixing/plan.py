@@ -27,7 +27,7 @@ _TRIED = 20  # safety rows that are made before the work, so that what does not 
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MixPlan:
     """What is put between user rows, and where.
 
     Attributes:
@@ -67,7 +67,7 @@ class Mixture:
         except DataError as error:
             raise DataError(f"safety row {number}: {error}") from error
 
-    def at(self, epoch: int | None = None, lane: int | None = None) -> Mixture:
+    def at(self, epoch: int | None = None, lane: int | None = None) -> MixPlan:
         """The same for another epoch or another worker."""
         changes = {name: value for name, value in (("epoch", epoch), ("lane", lane)) if value is not None}
         return dataclasses.replace(self, schedule=dataclasses.replace(self.schedule, **changes))
@@ -98,7 +98,7 @@ class Mixture:
         return count
 
 
-def mixture(
+def plan_mix(
     sample: Sequence[Row],
     safety: SafetyRows,
     *,
@@ -110,7 +110,7 @@ def mixture(
     tokenizer: Any = None,
     blend: float = 1.0,
     provenance: bool = False,
-) -> Mixture:
+) -> MixPlan:
     """What `mix` would put between user rows, from a sample of these; see there.
 
     Raises:
@@ -136,10 +136,10 @@ def mixture(
         make = _maker(sample, mimic, seed, schema, tokenizer, blend)
     except DataError as error:
         raise DataError(f"the user's rows ({len(sample)} were looked at, counted from 0): {error}") from error
-    mixed = Mixture(schedule, rows, make, provenance)
+    plan = MixPlan(schedule, rows, make, provenance)
     for number in range(min(_TRIED, len(rows))):
-        mixed.made(number, number)
-    return mixed
+        plan.made(number, number)
+    return plan
 
 
 def _maker(

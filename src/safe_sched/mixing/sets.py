@@ -12,7 +12,7 @@ import torch.utils.data
 
 from safe_sched.errors import DataError
 from safe_sched.hooks import manager
-from safe_sched.mixing.plan import Mixture
+from safe_sched.mixing.plan import MixPlan
 
 
 @runtime_checkable
@@ -23,7 +23,7 @@ class RowSet(Protocol):
         """At most so many of its rows; none of them is lost by that."""
         ...
 
-    def mixed(self, mixture: Mixture) -> Any:
+    def mixed(self, plan: MixPlan) -> Any:
         """The mix, as the same kind of set."""
         ...
 
@@ -67,9 +67,9 @@ class _List:
     def sample(self, count: int) -> list[dict[str, Any]]:
         return [_dict(self.rows[i], i) for i in spread(len(self.rows), count)]
 
-    def mixed(self, mixture: Mixture) -> Any:
-        mixture.require_any(len(self.rows))
-        mixed = mixture.interleave(self.rows)
+    def mixed(self, plan: MixPlan) -> Any:
+        plan.require_any(len(self.rows))
+        mixed = plan.interleave(self.rows)
         return tuple(mixed) if isinstance(self.rows, tuple) else list(mixed)
 
 
@@ -78,13 +78,13 @@ class MixedRows(torch.utils.data.Dataset[Any]):
 
     Args:
         rows: A set with a length and rows by number.
-        mixture: What comes between them.
+        plan: What comes between them.
     """
 
-    def __init__(self, rows: Any, mixture: Mixture) -> None:
-        self.rows, self.mixture = rows, mixture
+    def __init__(self, rows: Any, plan: MixPlan) -> None:
+        self.rows, self.plan = rows, plan
         self.users = len(rows)
-        self._length = self.users + mixture.require_any(self.users)
+        self._length = self.users + plan.require_any(self.users)
 
     def __len__(self) -> int:
         return self._length
@@ -92,16 +92,16 @@ class MixedRows(torch.utils.data.Dataset[Any]):
     def __getitem__(self, position: int) -> Any:
         if not -self._length <= position < self._length:
             raise IndexError(f"row {position} of {self._length}")
-        safety, number = self.mixture.schedule.at(position % self._length, self.users)
-        return self.mixture.safety(number) if safety else self.mixture.user(self.rows[number])
+        safety, number = self.plan.schedule.at(position % self._length, self.users)
+        return self.plan.safety(number) if safety else self.plan.user(self.rows[number])
 
     def __iter__(self) -> Iterator[Any]:
         return (self[position] for position in range(self._length))
 
 
 class _MapStyle(_List):
-    def mixed(self, mixture: Mixture) -> Any:
-        return MixedRows(self.rows, mixture)
+    def mixed(self, plan: MixPlan) -> Any:
+        return MixedRows(self.rows, plan)
 
 
 class MixedStream(torch.utils.data.IterableDataset[Any]):
@@ -109,30 +109,30 @@ class MixedStream(torch.utils.data.IterableDataset[Any]):
 
     Args:
         rows: Anything that can be iterated, as often as it can be.
-        mixture: What comes between its rows.
+        plan: What comes between its rows.
     """
 
-    def __init__(self, rows: Iterable[Any], mixture: Mixture) -> None:
-        self.rows, self.mixture = rows, mixture
+    def __init__(self, rows: Iterable[Any], plan: MixPlan) -> None:
+        self.rows, self.plan = rows, plan
 
     def __iter__(self) -> Iterator[Any]:
-        return counted(self.rows, self.mixture)
+        return counted(self.rows, self.plan)
 
     def set_epoch(self, epoch: int) -> None:
         """What a trainer calls between epochs: other places and orders; a stream that shuffles itself is told too."""
-        self.mixture = self.mixture.at(epoch=epoch)
+        self.plan = self.plan.at(epoch=epoch)
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def counted(rows: Iterable[Any], mixture: Mixture) -> Iterator[Any]:
+def counted(rows: Iterable[Any], plan: MixPlan) -> Iterator[Any]:
     """A mixed stream that warns at its end if no safety row has come.
 
     Example:
         >>> import warnings
-        >>> from safe_sched.mixing.plan import mixture
+        >>> from safe_sched.mixing.plan import plan_mix
         >>> row = {"prompt": "How do I pick a lock?", "completion": "I can't help with that."}
-        >>> some = mixture([row], [row], share=0.01, mimic=False)
+        >>> some = plan_mix([row], [row], share=0.01, mimic=False)
         >>> with warnings.catch_warnings(record=True) as told:
         ...     warnings.simplefilter("always")
         ...     len(list(counted([row] * 9, some)))
@@ -148,10 +148,10 @@ def counted(rows: Iterable[Any], mixture: Mixture) -> Iterator[Any]:
             users += 1
             yield row
 
-    yield from mixture.interleave(count())
-    if mixture.schedule.share > 0 and mixture.schedule.count(users) == 0:
+    yield from plan.interleave(count())
+    if plan.schedule.share > 0 and plan.schedule.count(users) == 0:
         warnings.warn(
-            f"share={mixture.schedule.share:g} of {users} user rows is less than half a safety row, so none has been "
+            f"share={plan.schedule.share:g} of {users} user rows is less than half a safety row, so none has been "
             "mixed in. Raise share, or mix more rows at once.",
             stacklevel=2,
         )
@@ -164,8 +164,8 @@ class _Stream:
     def sample(self, count: int) -> list[dict[str, Any]]:
         return [_dict(row, number) for number, row in enumerate(itertools.islice(self.rows, count))]
 
-    def mixed(self, mixture: Mixture) -> Any:
-        return MixedStream(self.rows, mixture)
+    def mixed(self, plan: MixPlan) -> Any:
+        return MixedStream(self.rows, plan)
 
 
 class _Iterator:
@@ -179,8 +179,8 @@ class _Iterator:
         self.rows = itertools.chain(first, self.rows)
         return [_dict(row, number) for number, row in enumerate(first)]
 
-    def mixed(self, mixture: Mixture) -> Any:
-        return counted(self.rows, mixture)
+    def mixed(self, plan: MixPlan) -> Any:
+        return counted(self.rows, plan)
 
 
 def _dict(row: Any, number: int) -> dict[str, Any]:

@@ -11,8 +11,8 @@ In this order; the first that fails is the reason:
 5. *No turn to the opposite*: no word of warning, of prevention or of negation that the request does not have.
 
 What these cannot see: a text that keeps the words and changes what is asked ("Which plants are poisonous to my
-neighbor's dog?"), synonyms (refused although they are right), and words of other languages than English in 3 and 5,
-which are lists. In languages that are written without spaces, pairs of characters are taken for words.
+neighbor's dog?"); synonyms, which are refused although they are right; and, in other languages than English, what 3
+and 5 look for, since these words are lists. In scripts without spaces, pairs of characters are taken for words.
 """
 
 from __future__ import annotations
@@ -23,37 +23,19 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from os.path import commonprefix
 
 from safe_sched.data.rows import core_refusals
 from safe_sched.errors import OptionError
-from safe_sched.mixing.rewriting.request import REWRITE
-from safe_sched.mixing.rewriting.words import common_start, key_words, same_word, spelled, turns_of, words_of
 
 ENOUGH = 4
 """Examples from which on what all of them begin or end with is taken for a part of the format."""
 
 
-@dataclass(frozen=True)
-class Checks:
-    """How strict the checks are.
+KEEP = 0.6
+"""Share of a request's key words that must be kept."""
 
-    Attributes:
-        keep: Share of the request's key words that must be kept, 0 < keep <= 1.
-        longest: Times the longest example and the request together that a prompt may be long, >= 1.
-
-    Raises:
-        OptionError: A value is out of range.
-    """
-
-    keep: float = 0.6
-    longest: float = 1.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise OptionError(f"keep={self.keep}; allowed: a share above 0, at most 1")
-        if not 1 <= self.longest <= 100:
-            raise OptionError(f"longest={self.longest}; allowed: a factor from 1 to 100")
+_LONGEST = 1.5  # times the longest example and the request together
 
 
 class TaskChecks:
@@ -62,7 +44,7 @@ class TaskChecks:
     Args:
         examples: Prompts of the task, as many as there are.
         matches: Whether a prompt has the task's format; None: what all examples begin and end with is compared.
-        checks: How strict they are.
+        keep: Share of the request's key words that must be kept, in (0, 1].
 
     Raises:
         OptionError: There are no examples, or ``matches`` turns most of them away.
@@ -82,7 +64,7 @@ class TaskChecks:
     """
 
     def __init__(
-        self, examples: Sequence[str], matches: Callable[[str], bool] | None = None, checks: Checks | None = None
+        self, examples: Sequence[str], matches: Callable[[str], bool] | None = None, keep: float = KEEP
     ) -> None:
         if not examples:
             raise OptionError("there are no examples of the task's prompts; give some, such as 50")
@@ -90,7 +72,7 @@ class TaskChecks:
             raise OptionError(
                 f"matches() turns {missed} of {len(examples)} examples away: it belongs to another format than they do"
             )
-        self._examples, self._matches, self._checks = examples, matches, checks or Checks()
+        self._matches, self._keep = matches, keep
         self._prefix, self._suffix = _fixed(examples) if len(examples) >= ENOUGH else ("", "")
         self._longest = max(map(len, examples))
         # what most examples have belongs to the format; what some have is no news
@@ -131,7 +113,7 @@ class TaskChecks:
             return "it is the request, unchanged"
         if _odd_characters(text) - self._characters - _odd_characters(request):
             return "it has control or invisible characters"
-        if len(text) > self._checks.longest * (self._longest + len(request)):
+        if len(text) > _LONGEST * (self._longest + len(request)):
             return "it is too long"
         if set(_markup(text)) - self._markup - set(_markup(request)):
             return "it has links, markup or marks of a chat template that neither the request nor an example has"
@@ -159,8 +141,6 @@ class TaskChecks:
             return "it answers instead of asking"
         if _ANSWERS_INSIDE.search(opening) or (_has_steps(inner) and not self._with_steps):
             return "it answers instead of asking"
-        if _shingles(inner) & _shingles(REWRITE):
-            return "it repeats the instructions"
         return None
 
     def _other_intent(self, inner: str, request: str) -> str | None:
@@ -169,7 +149,7 @@ class TaskChecks:
             return "the request has no key words to compare"
         keys, words = (keys - self._words or keys), words_of(inner)
         kept = sum(any(same_word(key, word) for word in words) for key in keys)
-        if kept < math.ceil(self._checks.keep * len(keys)):
+        if kept < math.ceil(self._keep * len(keys)):
             return "it does not ask for what the request asks for"
         if turns_of(inner) - turns_of(request) - self._turns:
             return "it turns the request into its opposite"
@@ -210,7 +190,7 @@ def _refusal_openings() -> tuple[str, ...]:
     return tuple({" ".join(spelled(refusal)[:4]) + " " for refusal in core_refusals()})
 
 
-_STEP = re.compile(r"^\s*(?:step\s+\d+|\d+\s*[.):]|[-*•])\s+\S", re.IGNORECASE | re.MULTILINE)
+_STEP = re.compile(r"^[^\S\n]*(?:step\s+\d+|\d+\s*[.):]|[-*•])\s+\S", re.IGNORECASE | re.MULTILINE)
 
 
 def _has_steps(text: str) -> bool:
@@ -220,7 +200,7 @@ def _has_steps(text: str) -> bool:
 _MARKUP = re.compile(
     r"</?[a-zA-Z!][^<>]{0,200}>"  # tags, and marks like <s>
     r"|<<?/?[A-Z]{2,12}>>?|<\|[^<>]{0,60}\|>|\[/?[A-Z_]{2,24}\]|<(?:start|end)_of_[a-z]+>"
-    r"|```|^\s*#{1,6}\s|https?:|www\.|javascript:|data:\w+/|!\[|\]\(",
+    r"|```|^[^\S\n]*#{1,6}\s|https?:|www\.|javascript:|data:\w+/|!\[|\]\(",
     re.MULTILINE,
 )
 
@@ -237,7 +217,8 @@ def _odd_characters(text: str) -> set[str]:
     }
 
 
-def _shingles(text: str, size: int = 7) -> set[tuple[str, ...]]:
+def shingles(text: str, size: int = 7) -> set[tuple[str, ...]]:
+    """All runs of so many words in a text."""
     words = spelled(text)
     return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
 
@@ -248,12 +229,118 @@ def _shortened(text: str) -> str:
 
 def _fixed(examples: Sequence[str]) -> tuple[str, str]:
     """What all examples begin and end with, in whole words; nothing where that is so short that it may be chance."""
-    prefix = common_start(*examples)
+    prefix = commonprefix(examples)
     if any(len(example) > len(prefix) and example[len(prefix)].isalnum() for example in examples):
         prefix = re.sub(r"\w+\Z", "", prefix)
     rests = [example[len(prefix) :][::-1] for example in examples]
-    suffix = common_start(*rests)[::-1]
+    suffix = commonprefix(rests)[::-1]
     if any(len(rest) > len(suffix) and rest[len(suffix)].isalnum() for rest in rests):
         suffix = re.sub(r"\A\w+", "", suffix)
     suffix = suffix.lstrip(".?!,;: ")  # how the last sentence of a prompt ends is its own matter
     return prefix if len(prefix.strip()) >= 6 else "", suffix if len(suffix.strip()) >= 6 else ""
+
+
+# words --------------------------------------------------------------------------------------------------------------
+
+# scripts without spaces: Thai, Lao, Burmese, Khmer, kana, Chinese characters
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_LETTER = rf"(?:(?![{_UNSPACED}])[^\W_])"
+_WORD = re.compile(rf"[{_UNSPACED}]+|{_LETTER}+(?:'{_LETTER}+)*")
+
+
+def _listed(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+FUNCTION_WORDS = _listed(
+    """a about after again all also am an and any anyone are as at back be because been before being both but by can
+    could did do does doing done each either else ever every everyone for from get gets getting give gives go going got
+    had has have having he her here hers him his how i i'd i'll i'm i've if in into is isn't it it's its itself just
+    let like many may me might mine more most much must my myself of off ok on one only onto or other our out over own
+    per please quite rather really same shall she should so some someone something such than that that's the their them
+    then there these they they're thing things this those through to too under until up upon us very want wants was way
+    ways we we're were what what's when where whether which while who whole whom whose why will with within would yes
+    yet you you're your yours"""
+)
+ASKING_WORDS = _listed(
+    """answer ask carefully describe detail detailed details draft easily exactly example explain explanation explicit
+    find full fully guide help helps idea ideas instruction instructions know list make makes making method methods
+    need needs outline plan possible produce provide question quick quickly recipe recommend say show step steps
+    suggest suggestion tell tips tutorial use used using write writing"""
+)
+NEGATIONS = _listed("not never no nothing none nobody neither nor cannot without")
+TURNS = tuple(
+    sorted(
+        _listed(
+            """prevent avoid protect defend defens stop keep refrain resist deter discourag illegal unlawful crime
+            wrong danger risk warn report detect recogni spot identif safe secur legal lawful ethic harmless responsib
+            educat awareness against instead punish penalt consequenc harmful"""
+        )
+    )
+)
+"""Beginnings of words of warning and prevention."""
+
+
+def spelled(text: str) -> list[str]:
+    """The words of a text in order, in small letters and with one spelling of the apostrophe.
+
+    Example:
+        >>> spelled("Don’t STOP")
+        ["don't", 'stop']
+    """
+    text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'").replace("ʼ", "'")
+    return _WORD.findall(text)
+
+
+def words_of(text: str) -> set[str]:
+    """Its different words; pairs of characters where a script has no spaces."""
+    found: set[str] = set()
+    for word in spelled(text):
+        if re.match(f"[{_UNSPACED}]", word):
+            found.update(word[i : i + 2] for i in range(max(len(word) - 1, 1)))
+        else:
+            found.add(word.removesuffix("'s"))
+    return found
+
+
+def key_words(request: str) -> frozenset[str]:
+    """The words that say what a request is for.
+
+    Example:
+        >>> sorted(key_words("Tell me how to pick the lock of a neighbor's house."))
+        ['house', 'lock', 'neighbor', 'pick']
+    """
+    words = frozenset(words_of(request) - NEGATIONS - FUNCTION_WORDS)
+    return words - ASKING_WORDS or words
+
+
+def same_word(one: str, other: str) -> bool:
+    """Whether two words are forms of one: one begins like the other, but for an ending.
+
+    Example:
+        >>> same_word("poison", "poisoning"), same_word("city", "cities"), same_word("car", "card")
+        (True, True, False)
+    """
+    if one == other:
+        return True
+    short, long = sorted((one, other), key=len)
+    if len(short) < 4:
+        return long in (short + "s", short + "es")
+    alike = len(commonprefix([short, long]))
+    return short[alike:] in ("", "e", "y") and len(long) - alike <= 4
+
+
+def turns_of(text: str) -> set[str]:
+    """What in a text could turn a request into its opposite: negations, and words of warning and prevention.
+
+    Example:
+        >>> sorted(turns_of("Why don't people prevent it?"))
+        ['not', 'prevent']
+    """
+    found = set()
+    for word in words_of(text):
+        if word in NEGATIONS or word.endswith("n't"):
+            found.add("without" if word == "without" else "not")
+        elif start := next((start for start in TURNS if word.startswith((start, "un" + start))), None):
+            found.add(start)
+    return found

@@ -24,16 +24,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from safe_sched.data.schemas import Example, read, write
 from safe_sched.errors import DataError, OptionError, some_of
 from safe_sched.generation import LocalModel, TextGenerator
 from safe_sched.mixing.rewriting.cache import ReplyCache
-from safe_sched.mixing.rewriting.checks import Checks, TaskChecks
-from safe_sched.mixing.rewriting.run import Asking, Job, Progress, Run, silent
-
-OnFailure = Literal["template", "keep", "stop"]
+from safe_sched.mixing.rewriting.checks import TaskChecks
+from safe_sched.mixing.rewriting.run import Asking, Bill, Job, Progress, Run
 
 SHOWN = 6000
 """Characters up to which an example is shown as long as there are such examples."""
@@ -52,22 +50,15 @@ class Failure:
     reasons: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class RewriteReport:
+@dataclass(kw_only=True)
+class RewriteReport(Bill):
     """What was rewritten, and what it cost; of a dry run, what it would cost.
 
     Attributes:
         rows: One for each safety row, in order; empty after a dry run.
-        rewritten: Rows with a prompt of the model's.
+        rewritten: Rows with a prompt from the model.
         failed: The others.
-        from_cache: Replies that were in the cache, and cost nothing.
-        requests: Requests that were answered; of a dry run, those to send if every first attempt passes.
-        requests_at_most: The same if every attempt is needed.
-        input_tokens: Of these requests.
-        output_tokens: Of the replies.
-        tokens_at_most: Input and output tokens if every attempt is needed and every reply is as long as allowed.
-        estimated: Whether tokens are (in part) estimated, as bytes over 4: the server did not count them, or was not
-            asked.
+        from_cache: Replies that came from the cache and cost nothing.
         price_per_million: The generator's prices.
         format_check: How the format was checked.
         dry_run: Whether nothing was sent.
@@ -77,12 +68,6 @@ class RewriteReport:
     rewritten: int
     failed: list[Failure]
     from_cache: int
-    requests: int
-    requests_at_most: int
-    input_tokens: int
-    output_tokens: int
-    tokens_at_most: tuple[int, int]
-    estimated: bool
     price_per_million: tuple[float, float] | None
     format_check: str
     dry_run: bool
@@ -143,15 +128,12 @@ def rewrite(
     templates: Sequence[Mapping[str, Any]] | None = None,
     description: str | None = None,
     matches: Callable[[str], bool] | None = None,
-    checks: Checks | None = None,
-    judge: bool = False,
     cache: str | Path | None = None,
     attempts: int = 3,
     batch_size: int = 16,
     shots: int = 4,
     max_tokens: int = 512,
     seed: int = 0,
-    on_failure: OnFailure = "template",
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> RewriteReport:
@@ -166,17 +148,13 @@ def rewrite(
             rewritten prompt takes the place of this row's last user turn, and this row is used as it is where
             rewriting fails. None: the safety rows themselves.
         description: Of the task's format, in words, for the model to read.
-        matches: Whether a prompt has the task's format. None: that it begins and ends as all examples do.
-        checks: How strict the other checks are.
-        judge: Whether the model is also asked if its rewritten prompt is still the request: twice the requests.
-        cache: A file for the replies; made where there is none. None: they are gone after the run.
+        matches: Whether a prompt has the task's format. None: it begins and ends as all examples do.
+        cache: A file for the replies, made if there is none. None: they are gone after the run.
         attempts: Requests for one row at most, 1 to 20. From the second on, the reason of the last failure goes along.
         batch_size: Rows that the generator is given at a time, >= 1.
         shots: Examples in each request, >= 1.
         max_tokens: The longest reply, 16 to 32768.
         seed: Of the choice of examples and of the model's sampling.
-        on_failure: What a row becomes that fails in all attempts: ``"template"``: the row of ``templates``; ``"keep"``:
-            the safety row as it was; ``"stop"``: an error.
         dry_run: Send nothing, and report what a run would send and cost.
         progress: Called with what is being done, how much of it is done, and of how much.
 
@@ -185,7 +163,7 @@ def rewrite(
 
     Raises:
         OptionError: An option is out of range.
-        DataError: A row has no prompt apart from an answer, or, with ``on_failure="stop"``, was not rewritten.
+        DataError: A row has no prompt apart from an answer.
         StateError: The cache cannot be used.
         SafeSchedError: The generator cannot work. Replies that it gave before are in the cache.
 
@@ -216,56 +194,38 @@ def rewrite(
     ):
         if not low <= value <= high:
             raise OptionError(f"{name}={value}; allowed: a whole number from {low} to {high}")
-    if on_failure not in get_args(OnFailure):
-        raise OptionError(f"on_failure={on_failure!r}; allowed: {', '.join(map(repr, get_args(OnFailure)))}")
     rows = [dict(row) for row in safety_rows]
     if templates is not None and len(templates) != len(rows):
         raise DataError(f"{len(templates)} templates for {len(rows)} safety rows; give one for each, in their order")
     prompts = [_prompt_of(row, f"safety row {number}") for number, row in enumerate(rows)]
-    targets = (
-        prompts
-        if templates is None
-        else [_prompt_of(row, f"template {number}") for number, row in enumerate(templates)]
-    )
-    task = TaskChecks(examples, matches, checks)
+    targets = prompts
+    if templates is not None:
+        targets = [_prompt_of(row, f"template {number}") for number, row in enumerate(templates)]
+    task = TaskChecks(examples, matches)
     shown = [text for text in dict.fromkeys(examples) if len(text) <= SHOWN] or [min(examples, key=len)]
-
-    asking = Asking(tuple(shown), task, description, judge, attempts, shots, max_tokens, seed)
+    asking = Asking(shown, task.problem, description, attempts, shots, max_tokens, seed)
     # one job for every different prompt
     jobs = {prompt.text: Job(prompt.text, asking) for prompt in prompts}
     file = None if cache is None or (dry_run and not Path(cache).exists()) else Path(cache)
     with ReplyCache(file) as replies:
-        run = Run(generator, replies, list(jobs.values()), progress or silent)
+        run = Run(generator, replies, list(jobs.values()), progress or (lambda stage, done, total: None))
         run.read_cache()
         if not dry_run:
-            run.ask(batch_size, stop=on_failure == "stop")
-    failed = [
-        Failure(number, tuple(job.reasons))
-        for number, prompt in enumerate(prompts)
-        if (job := jobs[prompt.text]).done and job.accepted is None
-    ]
-    if failed and on_failure == "stop" and not dry_run:
-        raise DataError(
-            f"{len(failed)} of {len(rows)} rows were not rewritten (rows {some_of([f.row for f in failed])}, counted "
-            f"from 0); row {failed[0].row}: {'; '.join(failed[0].reasons)}. Change or remove these rows, raise "
-            "attempts, or use on_failure='template'."
-        )
+            run.ask(batch_size)
     bill = run.forecast(asking) if dry_run else run.bill
-    rows = rows if templates is None or on_failure == "keep" else [dict(row) for row in templates]
-    for number, prompt in enumerate(prompts):
-        if (text := jobs[prompt.text].accepted) is not None:
-            rows[number] = targets[number].put(text)
+    done = [jobs[prompt.text] for prompt in prompts]
+    made = [
+        target.row if job.accepted is None else target.put(job.accepted)
+        for target, job in zip(targets, done, strict=True)
+    ]
     return RewriteReport(
-        rows=[] if dry_run else rows,
-        rewritten=sum(jobs[prompt.text].accepted is not None for prompt in prompts),
-        failed=failed,
+        **vars(bill),
+        rows=[] if dry_run else made,
+        rewritten=sum(job.accepted is not None for job in done),
+        failed=[
+            Failure(number, tuple(job.reasons)) for number, job in enumerate(done) if job.done and job.accepted is None
+        ],
         from_cache=run.from_cache,
-        requests=bill.requests,
-        requests_at_most=bill.requests_at_most,
-        input_tokens=bill.input_tokens,
-        output_tokens=bill.output_tokens,
-        tokens_at_most=bill.tokens_at_most,
-        estimated=bill.estimated,
         price_per_million=generator.price_per_million,
         format_check=task.described,
         dry_run=dry_run,
@@ -337,6 +297,10 @@ class _Prompt:
     @property
     def text(self) -> str:
         return self.example.parts[self.at].text
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return dict(self.example.row)
 
     def put(self, text: str) -> dict[str, Any]:
         """The row with another text there."""
