@@ -98,7 +98,12 @@ def _number(value: Any, row: str, column: str, allowed: str) -> float:
     raise DataError(f"{row} has {str(value)[:40]!r} in the column {column!r}; allowed: a number {allowed}")
 
 
-def _weight(value: Any, row: str, column: str) -> float:
+def weight_of(value: Any, row: str, column: str) -> float:
+    """What a column holds for a row, as its weight.
+
+    Raises:
+        DataError: It is no finite number >= 0; naming the row.
+    """
     weight = math.nan if value is None else _number(value, row, column, ">= 0")
     if not 0 <= weight < math.inf:
         seen = "no number" if value is None else weight
@@ -161,7 +166,7 @@ class ColumnReader:
             both = "labels" in source.column_names
             keys = keys_of_tokens(tokens)[0] if both else keys_of_rows(tokens, collate)[0]
             remedy = "the rows handed over are not those that the trainer trains on; give rows=train_dataset"
-        weights = [_weight(v, f"row {i} of the training set", column) for i, v in enumerate(_values(source, column))]
+        weights = [weight_of(v, f"row {i} of the training set", column) for i, v in enumerate(_values(source, column))]
         if keys.numel() != len(weights):
             raise DataError(
                 f"{name} has {len(weights)} numbers, but the collator makes {keys.numel()} rows of them; {HAND_OVER}"
@@ -206,7 +211,7 @@ class _Noted:
         for number, item in enumerate(items, self._rows):
             if self._column not in item:
                 raise DataError(f"{self._missing}: {HAND_OVER}")
-            weights.append(_weight(item[self._column], f"row {number} of the stream", self._column))
+            weights.append(weight_of(item[self._column], f"row {number} of the stream", self._column))
         batch = self._collate([{k: v for k, v in item.items() if k != self._column} for item in items])
         keys = keys_of_collated(batch)[0].tolist()
         if len(keys) != len(items):
