@@ -23,6 +23,7 @@ from safe_sched_axolotl.block import ADD_BLOCK, ADD_PLUGIN, KEY, PLUGIN, plain, 
 from safe_sched_axolotl.data import checked_entry, is_dataset_syntax
 from safe_sched_axolotl.mixing import refuse_prior, refuse_unmixable
 from safe_sched_axolotl.plugin import refuse
+from safe_sched_axolotl.weights import refuse_weights
 from safe_sched_hf.config import Settings
 
 _OURS = ("safe_sched", "safe-sched", "safesched")
@@ -150,6 +151,7 @@ def _explain(plan: Plan, settings: Settings, config: Mapping[str, Any]) -> None:
             "in its own format" if settings.mix.mimic else "as they are"
         )
     plan.attempt(refuse_prior, settings, config)
+    plan.attempt(refuse_weights, settings, config)
     plan.attempt(settings.callback)  # options that do not go together
     plan.facts["training set"] = _training_set(plan, config)
     how = [config["adapter"]] if config.get("adapter") else ["all parameters"]

@@ -82,3 +82,45 @@ def load(entry: Any, cfg: Any, where: str) -> Iterator[Dataset]:
         if one.shards:
             loaded = loaded.shuffle(seed=cfg.seed).shard(num_shards=one.shards, index=one.shards_idx or 0)
         yield loaded
+
+
+def tokenised(rows: Dataset, entry: Mapping[str, Any], cfg: Any, tokenizer: Any, where: str) -> Dataset:
+    """What Axolotl's prompt strategy makes of rows: ``input_ids`` and ``labels``, in the order of the rows.
+
+    Args:
+        rows: As `load` gives them.
+        entry: With the keys of ``datasets:``.
+        cfg: Axolotl's configuration, checked.
+        tokenizer: The run's.
+        where: The key's path, for messages.
+
+    Raises:
+        DataError: The strategy cannot read the rows, or leaves some out.
+    """
+    from axolotl.utils.config import normalize_cfg_datasets  # pyright: ignore[reportMissingImports]
+    from axolotl.utils.data.wrappers import get_dataset_wrapper  # pyright: ignore[reportMissingImports]
+    from axolotl.utils.dict import DictDefault  # pyright: ignore[reportMissingImports]
+
+    own = DictDefault(plain(cfg) | {"datasets": [plain(entry)], "dataset_num_proc": 1, "skip_prepare_dataset": False})
+    normalize_cfg_datasets(own)
+    entry, kind = own.datasets[0], own.datasets[0].get("type")
+    base, _, style = kind.partition(":") if isinstance(kind, str) else (None, None, None)
+    try:
+        tokens, _ = get_dataset_wrapper(
+            dataset_config=entry,
+            tokenizer=tokenizer,
+            cfg=own,
+            dataset_base_type=base,
+            dataset=rows,
+            dataset_prompt_style=style or None,
+        )
+    except Exception as error:  # whatever a prompt strategy raises over a row
+        raise DataError(
+            f"{where}: Axolotl cannot read these rows as type {kind!r}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    if missing := {"input_ids", "labels"} - set(tokens.column_names):
+        raise DataError(f"{where}: type {kind!r} makes no {sorted(missing)}; give prompts with answers")
+    if len(tokens) != len(rows):
+        raise DataError(f"{where}: of {len(rows)} rows {len(rows) - len(tokens)} were left out; correct or remove them")
+    return tokens.select_columns(["input_ids", "labels"])

@@ -18,6 +18,7 @@ from safe_sched.training.record import seal
 from safe_sched_axolotl.block import ADD_PLUGIN, KEY, PLUGIN, named_in, plain, require_block
 from safe_sched_axolotl.mixing import mix_datasets, refuse_prior, refuse_unmixable, source_of
 from safe_sched_axolotl.safety import safety_rows
+from safe_sched_axolotl.weights import refuse_weights, weighted_rows
 from safe_sched_hf.callback import SafeSchedCallback
 
 UNSUPPORTED = {
@@ -71,6 +72,7 @@ class Hooks:
         refuse(cfg)
         refuse_unmixable(settings, cfg)
         refuse_prior(settings, cfg)
+        refuse_weights(settings, cfg)
 
     def get_input_args(self) -> str:
         """Where the class with the key is."""
@@ -91,6 +93,7 @@ class Hooks:
             return []
         settings = require_block(cfg)
         callback = settings.callback(safety_rows(settings.safety_data, cfg, trainer.processing_class))
+        callback.rows = functools.partial(weighted_rows, cfg, trainer.processing_class)
         if self._source is not None:
             told: dict[str, Any] = {"front_end": f"axolotl {importlib.metadata.version('axolotl')}"}
             if settings.mix is not None:

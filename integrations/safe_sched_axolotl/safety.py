@@ -17,7 +17,7 @@ from safe_sched.data.schemas.renamed import RenamedColumns, RenamedTurns
 from safe_sched.data.trainer_files.axolotl import row_format
 from safe_sched.errors import DataError
 from safe_sched_axolotl.block import KEY, plain
-from safe_sched_axolotl.data import WHERE, checked_entry, is_dataset_syntax, load
+from safe_sched_axolotl.data import WHERE, checked_entry, is_dataset_syntax, load, tokenised
 from safe_sched_hf.safety import prompt_and_completion
 
 _PROMPTED = ("alpaca", "gpteacher", "oasst", "metharme")  # types whose first column holds the request
@@ -67,35 +67,9 @@ def _of_entry(entry: Any, cfg: Any, tokenizer: Any, where: str) -> list[TokenRow
 
 def _tokenised(rows: Dataset, entry: Mapping[str, Any], cfg: Any, tokenizer: Any, where: str) -> list[TokenRow]:
     """What Axolotl's prompt strategy makes of rows, with the answers as labels."""
-    from axolotl.utils.config import normalize_cfg_datasets  # pyright: ignore[reportMissingImports]
-    from axolotl.utils.data.wrappers import get_dataset_wrapper  # pyright: ignore[reportMissingImports]
-    from axolotl.utils.dict import DictDefault  # pyright: ignore[reportMissingImports]
-
     answers = {"roles_to_train": ["assistant"], "message_field_training": None, "message_field_training_detail": None}
-    own = DictDefault(plain(cfg) | {"datasets": [plain(entry) | answers]})
-    own |= {"train_on_inputs": False, "sample_packing": False, "dataset_num_proc": 1, "skip_prepare_dataset": False}
-    normalize_cfg_datasets(own)
-    entry, kind = own.datasets[0], entry.get("type")
-    base, _, style = kind.partition(":") if isinstance(kind, str) else (None, None, None)
-    try:
-        tokens, _ = get_dataset_wrapper(
-            dataset_config=entry,
-            tokenizer=tokenizer,
-            cfg=own,
-            dataset_base_type=base,
-            dataset=rows,
-            dataset_prompt_style=style or None,
-        )
-    except Exception as error:  # whatever a prompt strategy raises over a row
-        raise DataError(
-            f"{where}: Axolotl cannot read these rows as type {kind!r}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from error
-    if missing := {"input_ids", "labels"} - set(tokens.column_names):
-        raise DataError(f"{where}: type {kind!r} makes no {sorted(missing)}; give prompts with answers")
-    if len(tokens) < len(rows):
-        raise DataError(f"{where}: of {len(rows)} rows {len(rows) - len(tokens)} were left out; correct or remove them")
-    return tokens.select_columns(["input_ids", "labels"]).to_list()
+    own = plain(cfg) | {"train_on_inputs": False, "sample_packing": False}
+    return tokenised(rows, plain(entry) | answers, own, tokenizer, where).to_list()
 
 
 def _formats(cfg: Any) -> Iterator[dict[str, Any]]:

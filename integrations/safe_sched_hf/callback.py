@@ -25,9 +25,9 @@ from safe_sched.training.ranks import Exchange
 from safe_sched.training.record import RunRecord, versions
 from safe_sched.training.session import Normalizer, Session, require_normalizer
 from safe_sched_hf.attach import Attachment, calling_trainer, refuse_sharded, refuse_unsupported, trial_of
+from safe_sched_hf.columns import ColumnReader, read_prior, require_prior
 from safe_sched_hf.distributed import exchange_of, telling
 from safe_sched_hf.noise import ParameterNoise
-from safe_sched_hf.prior import read_prior, require_prior
 from safe_sched_hf.rows import first_rows, index_rows
 from safe_sched_hf.safety import SafetyBatch, SafetyData, SafetySet, are_chats
 from safe_sched_hf.sampling import Sampling
@@ -46,6 +46,7 @@ _OPTIONS = (
     "seed",
     "report",
     "prior",
+    "rows",
 )
 
 
@@ -81,6 +82,9 @@ class SafeSchedCallback(TrainerCallback):
         prior: The column of the training set that says of every row how likely it is harmful, from 0 to 1, before the
             run: ``"safe_sched.p_harmful"`` in the rows that ``safe-sched audit --out`` writes. For `safe_sched.BDS`,
             `safe_sched.NeuralBDS` and `safe_sched.Fixed`, see `safe_sched.estimators.prior`.
+        rows: The training set as it was before the trainer prepared it, a `datasets.Dataset` or a list of rows. Needed
+            only where a scheduler reads a column that the trainer has dropped: `safe_sched.Fixed` with a weight column
+            and packing.
 
     Raises:
         OptionError: An option is unknown or out of range.
@@ -113,6 +117,7 @@ class SafeSchedCallback(TrainerCallback):
         seed: int | None = None,
         report: Literal["none", "table"] = "table",
         prior: str | None = None,
+        rows: Any = None,
         **unknown: Any,
     ) -> None:
         for name in unknown:
@@ -140,6 +145,7 @@ class SafeSchedCallback(TrainerCallback):
             {"safety_data": safety_data, "safety_weight": safety_weight, "model_temperature": model_temperature},
         )
         self.prior = prior
+        self.rows = rows
         self.act: Act = act
         self.safety_data = safety_data
         self.safety_batch_size = safety_batch_size
@@ -235,7 +241,9 @@ class SafeSchedCallback(TrainerCallback):
         settings["parts"] = self._company.settings()
         if self.model_temperature:
             settings["model_temperature"] = self.model_temperature
+        columns = ColumnReader.connect(index, trainer, loader, self.rows)
         self._session = Session(self.scheduler, index, self.normalizer, settings, exchange)
+        self._session.settings |= columns.settings()
         if self.prior is not None:
             self._session.take_prior(read_prior(trainer.train_dataset, self.prior))
         seed = args.seed if self.seed is None else self.seed

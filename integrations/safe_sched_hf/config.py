@@ -130,6 +130,10 @@ class Settings(BaseModel):
         """The scheduler that ``method`` describes, a new one each time."""
         return scheduler_of(self.method, f"{self._where}.method")
 
+    def weight_column(self) -> str | None:
+        """The column of the training set that ``{name: fixed, column: ...}`` reads."""
+        return getattr(self.scheduler(), "column", None)
+
     def callback(self, safety_data: Any = None) -> SafeSchedCallback:
         """The callback that does what the block says.
 
@@ -231,11 +235,13 @@ def read_settings(block: Any, *, where: str = _WHERE) -> Settings:
         path = ".".join([where, *(str(part) for part in first["loc"] if not str(part).startswith("function-"))])
         raise OptionError(f"{path}: {first['input']!r}; {first['msg'].removeprefix('Value error, ')}") from None
     settings._where = where
-    if settings.prior is not None and settings.mix is not None:
-        raise OptionError(
-            f"{where}.prior: {settings.prior!r}; safety rows that {where}.mix puts between the rows have no such "
-            "number. Leave one of them out, or mix into the file before it is audited: safe-sched mix"
-        )
+    columns = {"prior": settings.prior, "method.column": settings.weight_column()}
+    for key, column in columns.items() if settings.mix is not None else ():
+        if column is not None:
+            raise OptionError(
+                f"{where}.{key}: {column!r}; safety rows that {where}.mix puts between the rows have no such "
+                "number. Leave one of them out, or mix into the file before: safe-sched mix"
+            )
     return settings
 
 

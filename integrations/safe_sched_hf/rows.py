@@ -42,13 +42,11 @@ def index_rows(dataset: Any, collate: Callable[[list[Any]], Any], *, progress: b
     Raises:
         DataError: The set is empty, or has rows without a label token (naming them).
     """
-    if isinstance(dataset, IterableDataset | datasets.IterableDataset) or not hasattr(dataset, "__len__"):
+    if is_stream(dataset):
         return RowIndex(None)
     if len(dataset) == 0:
         raise DataError("the training set has no rows; give the trainer at least one row to train on")
-    with leaving_random_numbers():
-        fast = _from_columns(dataset, collate, progress)
-        keys, counts, packed = fast if fast is not None else _from_batches(dataset, collate, progress)
+    keys, counts, packed = keys_of_rows(dataset, collate, progress=progress)
     empty = (counts == 0).nonzero().flatten()
     if empty.numel() and (not packed or empty.numel() == counts.numel()):
         more = ", ..." if empty.numel() > 5 else ""
@@ -58,6 +56,24 @@ def index_rows(dataset: Any, collate: Callable[[list[Any]], Any], *, progress: b
             "by max_length: remove these rows or raise max_length."
         )
     return RowIndex(keys[counts > 0], counts[counts > 0])
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether the rows of a training set are only known as they come."""
+    return isinstance(dataset, IterableDataset | datasets.IterableDataset) or not hasattr(dataset, "__len__")
+
+
+def keys_of_rows(
+    dataset: Any, collate: Callable[[list[Any]], Any], *, progress: bool = False
+) -> tuple[Tensor, Tensor, bool]:
+    """Keys and label tokens of the rows of a map-style set, those of packed lines one after another.
+
+    Returns:
+        int64 (rows,) and int64 (rows,), and whether lines are packed.
+    """
+    with leaving_random_numbers():
+        fast = _from_columns(dataset, collate, progress)
+        return fast if fast is not None else _from_batches(dataset, collate, progress)
 
 
 def first_rows(dataset: Any, count: int = 4) -> list[list[int]]:
@@ -76,24 +92,33 @@ def _from_columns(
     """Keys straight from the columns, or None where they are not what the collator makes of them."""
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
         return None
-    columns = [c for c in ("input_ids", "labels", "seq_lengths") if c in dataset.column_names]
-    if "input_ids" not in columns:
+    if "input_ids" not in dataset.column_names:
         return None
-    table = dataset.select_columns(columns).with_format("arrow")
     tried = sorted({int(i) for i in np.linspace(0, len(dataset) - 1, _TRIED)})
-    read: Callable[[Any], pa.Table] = lambda at: table[at]  # noqa: E731
-    expected = _keys_of_collated(collate([dataset[i] for i in tried]))
-    found = keys_of_table(read(tried))
-    if not torch.equal(expected[0], found[0]):
+    expected = keys_of_collated(collate([dataset[i] for i in tried]))
+    if not torch.equal(expected[0], keys_of_table(_tokens_of(dataset)[tried])[0]):
         return None
-    bar = tqdm(total=len(dataset), desc="identifying rows", unit="row", disable=not progress, leave=False)
-    at_once = max(1, _CHUNK * len(tried) // max(1, sum(len(dataset[i]["input_ids"]) for i in tried)))
+    return *keys_of_tokens(dataset, progress=progress), "seq_lengths" in dataset.column_names
+
+
+def _tokens_of(dataset: datasets.Dataset) -> Any:
+    columns = [c for c in ("input_ids", "labels", "seq_lengths") if c in dataset.column_names]
+    return dataset.select_columns(columns).with_format("arrow")
+
+
+def keys_of_tokens(dataset: datasets.Dataset, *, progress: bool = False) -> tuple[Tensor, Tensor]:
+    """Keys and label tokens of the rows of a set of tokens, straight from its columns."""
+    table, count = _tokens_of(dataset), len(dataset)
+    bar = tqdm(total=count, desc="identifying rows", unit="row", disable=not progress, leave=False)
+    tried = table[:: max(1, count // _TRIED)] if count else table[:]
+    tokens = pc.call_function("sum", [pc.call_function("list_value_length", [tried.column("input_ids")])]).as_py()
+    at_once = max(1, _CHUNK * len(tried) // max(1, tokens or 0))
     parts = []
     with bar:
-        for start in range(0, len(dataset), at_once):
-            parts.append(keys_of_table(read(slice(start, start + at_once))))
-            bar.update(min(at_once, len(dataset) - start))
-    return torch.cat([k for k, _ in parts]), torch.cat([n for _, n in parts]), "seq_lengths" in columns
+        for start in range(0, count, at_once):
+            parts.append(keys_of_table(table[slice(start, start + at_once)]))
+            bar.update(min(at_once, count - start))
+    return torch.cat([k for k, _ in parts]), torch.cat([n for _, n in parts])
 
 
 def keys_of_table(table: pa.Table) -> tuple[Tensor, Tensor]:
@@ -123,14 +148,15 @@ def _from_batches(dataset: Any, collate: Callable[[list[Any]], Any], progress: b
             collated = collate(items)
         except (ValueError, RuntimeError):
             # a collator that cannot pad takes rows of one length only
-            parts += [_keys_of_collated(collate([item])) for item in items]
+            parts += [keys_of_collated(collate([item])) for item in items]
             continue
         packed |= batch_fields(collated)[2].rows != len(items)
-        parts.append(_keys_of_collated(collated))
+        parts.append(keys_of_collated(collated))
     return torch.cat([k for k, _ in parts]), torch.cat([n for _, n in parts]), packed
 
 
-def _keys_of_collated(inputs: Any) -> tuple[Tensor, Tensor]:
+def keys_of_collated(inputs: Any) -> tuple[Tensor, Tensor]:
+    """Keys and label tokens of the rows of a micro-batch."""
     input_ids, labels, layout = batch_fields(inputs)
     return keys_of(input_ids, labels, layout), label_counts(labels, layout)
 

@@ -20,6 +20,7 @@ from safe_sched.errors import ModelError, SafeSchedError, unknown_name
 from safe_sched.training.manifest import verify
 from safe_sched.training.record import rows_fingerprint, seal
 from safe_sched_hf.config import Settings
+from safe_sched_hf.rows import is_stream
 from safe_sched_hf.trl_call import Call, read_call
 
 UNDEFENDED = 3
@@ -78,6 +79,8 @@ def defended(settings: Settings) -> Iterator[list[Any]]:
         callback = settings.callback()
         if int(os.environ.get("RANK", "0")) == 0:
             callback.source = _source(given.get("train_dataset"), settings)
+        if settings.mix is None and not is_stream(given.get("train_dataset")):
+            callback.rows = given["train_dataset"]
         given["train_dataset"] = settings.mixed(given.get("train_dataset"))
         trainer = original(*args, **given, callbacks=[callback])
         _resume_as_told(trainer)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.support import GradientProbe, make_model, make_tokenizer, parameters_of, text_rows
+from tests.support import GradientProbe, make_model, make_tokenizer, parameters_of, text_rows, uneven_weights
 
 PLUGIN = "safe_sched_axolotl.SafeSchedPlugin"
 SAFETY = [
@@ -26,6 +26,24 @@ def alpaca_rows(count: int = 16, seed: int = 0) -> list[dict[str, str]]:
     """Rows of words that the tiny tokenizer knows."""
     rows = text_rows(count, seed)
     return [{"instruction": row["prompt"], "input": "", "output": row["completion"].strip()} for row in rows]
+
+
+def weighted_rows() -> list[dict[str, Any]]:
+    """The rows of `alpaca_rows`, each with a weight of its own."""
+    rows = alpaca_rows()
+    return [{**row, "weight": weight} for row, weight in zip(rows, uneven_weights(len(rows)), strict=True)]
+
+
+def weights_by_tokens(run: Run) -> dict[tuple[int, ...], float]:
+    """The weight that the file has for each row that Axolotl trains on, by its answer."""
+    tokenizer, by_answer = make_tokenizer(), {row["output"]: row["weight"] for row in weighted_rows()}
+    assert len(by_answer) == 16
+    found = {}
+    for row in run.trainer.train_dataset:
+        answer = tokenizer.decode([label for label in row["labels"] if label >= 0], skip_special_tokens=True)
+        found[tuple(row["input_ids"])] = by_answer[answer]
+    assert len(found) == 16
+    return found
 
 
 def chats(count: int = 16, seed: int = 0) -> list[dict[str, Any]]:
@@ -71,7 +89,7 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
     if not base.exists():
         write_model(base)
     if not rows.exists():
-        write_rows(rows, alpaca_rows())
+        write_rows(rows, weighted_rows())
     if not (folder / "safety.jsonl").exists():
         write_rows(folder / "safety.jsonl", SAFETY)
     settings: dict[str, Any] = {

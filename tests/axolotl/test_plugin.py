@@ -12,6 +12,7 @@ from safe_sched_axolotl.block import PLUGIN
 from safe_sched_axolotl.plugin import PARALLEL, UNSUPPORTED, Hooks
 
 BLOCK = {"method": "bds", "safety_data": "core"}
+WEIGHED = {"name": "fixed", "column": "weight"}
 
 
 class Answers(dict):
@@ -114,6 +115,21 @@ def test_a_prior_that_axolotl_would_drop_is_refused(changes: dict[str, Any]) -> 
     block = {"safe_sched": BLOCK | {"prior": "p_harmful"}}
     Hooks().register(config(**block, datasets=[{"path": "tokens.parquet"}]))
     with pytest.raises(OptionError, match="safe_sched.prior: 'p_harmful': Axolotl drops every column"):
+        Hooks().register(config(**(block | changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"safe_sched": {"method": {"name": "fixed", "values": [1.0]}}}, "method.values: Axolotl shuffles the rows"),
+        ({"streaming": True}, "method.column: 'weight': with streaming Axolotl drops the column"),
+        ({"safe_sched": BLOCK | {"method": WEIGHED, "mix": True}}, "method.column: 'weight'; safety rows that"),
+    ],
+)
+def test_weights_that_cannot_be_tied_to_rows_are_refused(changes: dict[str, Any], words: str) -> None:
+    block = {"safe_sched": {"method": WEIGHED}}
+    Hooks().register(config(**block))
+    with pytest.raises(OptionError, match=words):
         Hooks().register(config(**(block | changes)))
 
 

@@ -11,13 +11,13 @@ import torch
 pytest.importorskip("axolotl")
 pytest.importorskip("bitsandbytes")
 
-from tests.axolotl.runs import LORA, config, defended, train
-from tests.support import largest_difference, single_thread, uneven_weights
+from tests.axolotl.runs import LORA, config, defended, train, weights_by_tokens
+from tests.support import largest_difference, single_thread
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow, pytest.mark.compat("QLoRA (4 bits)", "axolotl")]
 
 QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True}
-UNEVEN = {"name": "fixed", "values": uneven_weights(16)}
+UNEVEN = {"name": "fixed", "column": "weight"}
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +53,10 @@ def test_qlora_gradients_are_those_of_the_slow_loop(tmp_path: Path) -> None:
     run = train(config(tmp_path, **QLORA, max_steps=1, max_grad_norm=1e9, **defended(method=UNEVEN)))
     layers = run.trainer.model.base_model.model.model.layers
     assert type(layers[0].mlp.up_proj).__name__ == "Linear4bit"
-    rows = [tuple(row["input_ids"]) for row in run.trainer.train_dataset]
-    found = slow_gradients(run, dict(zip(rows, UNEVEN["values"], strict=True)))
+    weights = weights_by_tokens(run)
+    found = slow_gradients(run, weights)
     assert largest_difference(run.gradients[0], found) < 1e-5
-    even = slow_gradients(run, dict.fromkeys(rows, 1.0))
+    even = slow_gradients(run, dict.fromkeys(weights, 1.0))
     assert largest_difference(run.gradients[0], even) > 1e-2  # negative control
 
 

@@ -9,28 +9,29 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 pytest.importorskip("axolotl")
 
-from safe_sched.errors import OptionError
+from safe_sched.errors import DataError, OptionError
 from safe_sched.schedulers import Fixed
 from safe_sched.training.manifest import verify
 from safe_sched_hf import SafeSchedCallback
+from safe_sched_hf.rows import keys_of_tokens
 from tests.axolotl import runs
-from tests.axolotl.runs import LORA, PACKED, Run, config, defended, train
+from tests.axolotl.runs import LORA, PACKED, Run, config, defended, train, weights_by_tokens
 from tests.support import (
     largest_difference,
     make_model,
     make_tokenizer,
     parameters_of,
     single_thread,
-    uneven_weights,
 )
 
 # Axolotl and what it brings warn of much; none of it is ours to mend
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-UNEVEN = {"name": "fixed", "values": uneven_weights(16)}
+UNEVEN = {"name": "fixed", "column": "weight"}
 EVALUATED = {"val_set_size": 4, "eval_steps": 1}
 KINDS: dict[str, dict[str, Any]] = {"plain": {}, "LoRA": LORA, "packed": PACKED, "evaluated": EVALUATED}
 EQUAL = "equal weights: the untouched run, bit for bit"
@@ -49,6 +50,14 @@ def exact() -> Any:
 
 def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def by_key(run: Run) -> Fixed:
+    """The weights of the file, tied to the rows that Axolotl trains on."""
+    weights = weights_by_tokens(run)
+    rows = [row for row in run.trainer.train_dataset if tuple(row["input_ids"]) in weights]
+    keys, _ = keys_of_tokens(Dataset.from_dict({name: [r[name] for r in rows] for name in ("input_ids", "labels")}))
+    return Fixed([weights[tuple(row["input_ids"])] for row in rows], keys=keys)
 
 
 def in_hf_trainer(run: Run, scheduler: Any, safety: Any, model: Any = None) -> dict[str, torch.Tensor]:
@@ -124,7 +133,7 @@ def test_full_training_is_that_of_the_callback(folder: Path, method: str) -> Non
     chosen: Any = UNEVEN if method == "fixed" else "bds"
     run = train(config(folder, gradient_accumulation_steps=2, **defended(method=chosen, safety_data=safety)))
     rows = run.callback.safety_data
-    expected = in_hf_trainer(run, Fixed(UNEVEN["values"]) if method == "fixed" else "bds", rows)
+    expected = in_hf_trainer(run, by_key(run) if method == "fixed" else "bds", rows)
     assert largest_difference(run.parameters, expected) < 1e-6
 
 
@@ -137,7 +146,7 @@ def test_lora_is_that_of_the_callback(folder: Path) -> None:
         make_model(attn_implementation="eager"), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
     )
     model.load_state_dict(run.first)
-    expected = in_hf_trainer(run, Fixed(UNEVEN["values"]), None, model)
+    expected = in_hf_trainer(run, by_key(run), None, model)
     assert largest_difference(run.parameters, expected) < 1e-6
 
 
@@ -149,7 +158,7 @@ def test_packed_gradients_are_those_of_the_slow_loop(folder: Path) -> None:
     settings = config(folder, **PACKED, max_steps=1, max_grad_norm=1e9, **defended(method=UNEVEN))
     run = train(settings)
     (batch,) = run.batches
-    weights = {tuple(row["input_ids"]): w for row, w in zip(run.trainer.train_dataset, UNEVEN["values"], strict=True)}
+    weights = weights_by_tokens(run)
     nll, tokens, rows = torch.zeros(()), 0, 0
     slow = make_model()
     for line in range(batch["input_ids"].shape[0]):
@@ -168,6 +177,43 @@ def test_packed_gradients_are_those_of_the_slow_loop(folder: Path) -> None:
     (nll / tokens).backward()
     expected = {name: parameter.grad for name, parameter in slow.named_parameters() if parameter.grad is not None}
     assert largest_difference(run.gradients[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param(PACKED, id="packed", marks=pytest.mark.slow),
+        pytest.param({"excess_length_strategy": "truncate", "sequence_len": 40}, id="cut", marks=pytest.mark.slow),
+    ],
+)
+def test_every_row_has_the_weight_of_its_column(folder: Path, more: dict[str, Any]) -> None:
+    run = train(config(folder, max_steps=1, **more, **defended(method=UNEVEN)))
+    expected, table = by_key(run), run.callback.table()
+    given = {key % 2**64: weight for key, weight in zip(expected.keys.tolist(), expected.values, strict=True)}
+    found = dict(zip(table["key"].to_pylist(), table["weight"].to_pylist(), strict=True))
+    assert found == {key: pytest.approx(weight) for key, weight in given.items()}
+    assert len(set(found.values())) > 8
+
+
+@pytest.mark.slow
+def test_so_it_is_with_chats_in_two_data_sets(folder: Path, tmp_path: Path) -> None:
+    rows = [{**chat, "weight": row["weight"]} for chat, row in zip(runs.chats(), runs.weighted_rows(), strict=True)]
+    paths = [runs.write_rows(tmp_path / f"{i}.jsonl", part) for i, part in enumerate((rows[:5], rows[5:]))]
+    sets = [{"path": path, "type": "chat_template"} for path in paths]
+    run = train(config(folder, datasets=sets, max_steps=1, **defended(method=UNEVEN)))
+    weights = weights_by_tokens(run)
+    assert run.callback.table()["weight"].to_pylist() == pytest.approx(
+        [weights[tuple(row["input_ids"])] for row in run.trainer.train_dataset]
+    )
+
+
+def test_a_weight_that_is_missing_stops_the_run(folder: Path, tmp_path: Path) -> None:
+    rows = runs.weighted_rows()
+    rows[3] = {**rows[3], "weight": None}
+    path = runs.write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match="datasets.0: row 3 has no number in the column 'weight'"):
+        train(config(folder, datasets=[{"path": path, "type": "alpaca"}], max_steps=1, **defended(method=UNEVEN)))
 
 
 # what is left ---------------------------------------------------------------------------------------------------

@@ -246,6 +246,31 @@ def test_fixed_weights_by_row_do_not_fit_a_stream():
         Session(Fixed([1.0]), RowIndex(None))
 
 
+def test_fixed_weights_by_row_are_refused_where_rows_are_moved():
+    index = RowIndex(torch.tensor([1, 2]))
+    assert Session(Fixed([1.0, 0.5]), index).row_weights().tolist() == [1.0, 0.5]
+    index.moved = "packing moves the rows"
+    with pytest.raises(DataError, match=r"by position, but packing moves the rows; .*Fixed\(column=\"weight\"\)"):
+        Session(Fixed([1.0, 0.5]), index)
+
+
+def test_a_column_is_read_once_for_every_row_of_a_set_and_of_a_stream():
+    index, read = RowIndex(None), []
+    index.columns = lambda name: lambda keys: (read.append((name, keys.tolist())), keys.float() / 10)[1]
+    scheduler = Fixed(column="weight")
+    state = scheduler.init(index)
+    for keys, expected in (([30, 10], [3.0, 1.0]), ([10, 20], [3.0, 1.0, 2.0])):
+        index.add(torch.tensor(keys))
+        state = scheduler.grow(state, index)
+        assert scheduler.slot_weights(state).tolist() == expected
+    assert read == [("weight", []), ("weight", [30, 10]), ("weight", [20])]
+
+
+def test_a_column_that_nothing_reads_is_a_data_error():
+    with pytest.raises(DataError, match="nothing reads columns of the training set here; use SafeSchedCallback"):
+        Session(Fixed(column="weight"), RowIndex(torch.tensor([1, 2])))
+
+
 def test_equal_fixed_weights_fit_any_set_and_any_stream():
     assert fixed_rows(None, [3, 3, 4]) == [1.0, 1.0, 1.0]
     micro = pad([row(5, 6, 7), row(8, 9)])

@@ -12,7 +12,7 @@ from datasets import Dataset
 from safe_sched import BDS, Antibody, Fixed
 from safe_sched.errors import DataError, OptionError, StateError
 from safe_sched_hf import SafeSchedCallback
-from safe_sched_hf.prior import read_prior
+from safe_sched_hf.columns import read_prior
 from tests.support import make_hf, make_sft, parameters_of, single_thread, text_rows, token_rows
 
 COLUMN = "safe_sched.p_harmful"

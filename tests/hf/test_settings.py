@@ -69,8 +69,8 @@ def test_a_method_of_a_plugin_can_be_written(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_option_of_the_callback_can_be_written() -> None:
-    """The block's keys are the callback's arguments, and what is written arrives."""
-    ours = set(inspect.signature(SafeSchedCallback).parameters) - {"scheduler", "unknown"}
+    """The block's keys are the callback's arguments, and what is written arrives; front ends hand ``rows`` over."""
+    ours = set(inspect.signature(SafeSchedCallback).parameters) - {"scheduler", "unknown", "rows"}
     assert ours == set(Settings.model_fields) - {"method", "mix"}
     settings = read(
         """
@@ -134,6 +134,10 @@ ERRORS = [
     ("report: pdf", "safe_sched.report: 'pdf'; "),
     ("seed: -1", "safe_sched.seed: -1; "),
     ("prior: [0.1, 0.2]", "safe_sched.prior: [0.1, 0.2]; "),
+    (
+        "{method: {name: fixed, column: weight}, mix: {share: 0.1}}",
+        "safe_sched.method.column: 'weight'; safety rows that safe_sched.mix puts between",
+    ),
     ("{prior: p, mix: {share: 0.1}}", "safe_sched.prior: 'p'; safety rows that safe_sched.mix puts between"),
     ("true", "safe_sched: True; allowed: keys with values"),
     ("- bds", "safe_sched: ['bds']; allowed: keys with values"),

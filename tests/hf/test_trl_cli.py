@@ -165,6 +165,22 @@ def test_a_prior_goes_with_the_rows(home: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "ours", data=tmp_path / "data" / "train.jsonl").defended
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_weight_column_goes_with_the_rows(packing: bool, home: Path, tmp_path: Path) -> None:
+    """Also where packing has dropped it: the command hands the rows over. Control: it is not the run without it."""
+    rows = [{**row, "weight": 0.1 * i} for i, row in enumerate(text_rows(20))]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options: dict[str, Any] = {"packing": packing, "max_length": 32, "shuffle_dataset": True}
+    more = {"dataset_name": str(tmp_path / "data")} | options
+    found = run(home, tmp_path / "ours", {"method": {"name": "fixed", "column": "weight"}}, **more)
+    held = datasets.Dataset.from_list(rows)
+    callback = SafeSchedCallback(Fixed(column="weight"), rows=held)
+    assert same(found, script(home, tmp_path / "script", callback, rows=held, **options))
+    assert not same(found, run(home, tmp_path / "none", {"method": "fixed"}, **more))
+    assert "weight" in json.loads((tmp_path / "ours" / MANIFEST_FILE).read_text())["columns"]
+
+
 def test_a_stream_is_defended_too(home: Path, tmp_path: Path) -> None:
     """Its rows are known as they come, so there is nothing to compare a file with."""
     run(home, tmp_path / "ours", {"method": "fixed"}, dataset_streaming=True)

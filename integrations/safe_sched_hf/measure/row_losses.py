@@ -29,9 +29,8 @@ from trl import SFTConfig, SFTTrainer
 
 from safe_sched.errors import DataError, ModelError, OptionError, PluginError, UnscoredError, some_of
 from safe_sched.hooks import RowLosses, RowLossesRequest
-from safe_sched.rows.keys import keys_of
+from safe_sched.rows.keys import batch_fields, keys_of
 from safe_sched.rows.nll import label_counts, nll_from_log_probs, nll_from_logits
-from safe_sched_hf.rows import batch_fields
 from safe_sched_hf.safety import has_fused_head
 
 _NUMBER = "safe_sched_row"  # a column that TRL carries along: it drops rows that max_length leaves without a label

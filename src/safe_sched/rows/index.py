@@ -10,6 +10,8 @@ the keys are saved with the state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,11 @@ class RowIndex:
         label_tokens: int64 (rows,), label tokens of every row, where they are to be remembered: as the attribute
             ``label_tokens``, int32 (slots,).
 
+    Attributes:
+        columns: Reads a column of the training set by its name, and returns what looks its numbers up by row key, where
+            an integration can. Set by the integration.
+        moved: Why the position of a row in the data set is not its position here, or None. Set by the integration.
+
     Raises:
         DataError: ``keys`` is empty.
 
@@ -40,6 +47,8 @@ class RowIndex:
         self.streaming = keys is None
         self.row_slots: Tensor | None = None
         self.label_tokens: Tensor | None = None
+        self.columns: Callable[[str], Callable[[Tensor], Tensor]] | None = None
+        self.moved: str | None = None
         self._slot_of: dict[int, int] = {}
         if keys is None:
             return

@@ -1,4 +1,4 @@
-"""Fixed weights: the rows get the factors they are given. For ablations, for tests, and for weights from a file.
+"""Fixed weights: every row gets the factor given for it, in a column of the training set or by its key.
 
     w_i = the given number,  or 1 for every row
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from safe_sched.errors import DataError, OptionError
 from safe_sched.estimators.prior import RowPrior
 from safe_sched.rows.index import RowIndex
+from safe_sched.rows.values import RowValues
 from safe_sched.scheduler import Observation, PerRow, Scheduler, State, options
 
 
@@ -30,6 +32,13 @@ class FixedState(State):
     weight: Annotated[Tensor, PerRow(1)]
 
 
+COLUMN_WAY = (
+    'put the weights into a column of the training set and name it, Fixed(column="weight"), '
+    "or tie them to rows with keys=..."
+)
+"""What to do where positions cannot name rows."""
+
+
 @options
 class Fixed(Scheduler[FixedState]):
     """Given weights per training row.
@@ -37,15 +46,17 @@ class Fixed(Scheduler[FixedState]):
     Args:
         values: One number >= 0 per row of the training set, in the order in which the trainer holds them (a list,
             a tensor or an array), or None for weight 1 everywhere. Rows with the same content must have the same
-            weight.
+            weight. Positions are refused where the trainer moves rows (packing, shuffling).
         keys: Where given, ``values[i]`` belongs to the row with key ``keys[i]`` instead (as ``callback.table()``
-            lists keys), in any order; every training row must be among them. This is the way for packed sets,
-            whose rows are cut and moved.
+            lists keys), in any order; every training row must be among them.
+        column: The column of the training set that holds the weight of each row, a number >= 0. Hosted fine-tuning
+            services call it ``weight``. A column goes with its rows, so packing, shuffling and streaming are allowed.
 
     Raises:
-        OptionError: A weight is negative or not finite, or there are not as many keys as weights.
-        DataError: At the start of training: the number of weights is not the number of rows, two identical rows
-            have different weights, or a row has no weight.
+        OptionError: A weight is negative or not finite, there are not as many keys as weights, or ``column`` is given
+            beside ``values``.
+        DataError: At the start of training: the number of weights is not the number of rows, the trainer moves rows,
+            two identical rows have different weights, or a row has no weight.
 
     Example:
         >>> from safe_sched import Fixed
@@ -62,8 +73,15 @@ class Fixed(Scheduler[FixedState]):
 
     values: Any = dataclasses.field(default=None, repr=False)
     keys: Any = dataclasses.field(default=None, repr=False)
+    column: str | None = None
 
     def __post_init__(self) -> None:
+        if self.column is not None:
+            if not self.column:
+                raise OptionError("Fixed(column=''): allowed: the name of a column of the training set")
+            if self.values is not None or self.keys is not None:
+                raise OptionError("Fixed(column=...) reads weights from the training set; leave values and keys out")
+            return
         if self.values is None:
             if self.keys is not None:
                 raise OptionError("Fixed(keys=...) names rows but gives no weights; add values, one per key")
@@ -90,6 +108,8 @@ class Fixed(Scheduler[FixedState]):
 
     def settings(self) -> dict[str, Any]:
         """The options as plain JSON values, the weights as a digest; the weights themselves are in the state."""
+        if self.column is not None:
+            return {"name": self.name, "column": self.column}
         if self.values is None:
             return {"name": self.name, "weights": "equal"}
         given = hashlib.sha256(self._values().numpy().tobytes())
@@ -98,29 +118,45 @@ class Fixed(Scheduler[FixedState]):
 
     def init(self, index: RowIndex) -> FixedState:
         """See `Scheduler.init`."""
-        if self.values is None:
+        if self.column is None and self.values is None:
             return FixedState.fresh(index.slots)
+        return FixedState(self._weights_by_key(index)(index.keys))
+
+    def grow(self, state: FixedState, index: RowIndex) -> FixedState:
+        """See `Scheduler.grow`."""
+        if self.column is None:
+            return self.init(index)
+        added = index.keys[state.weight.numel() :]
+        return FixedState(torch.cat([state.weight, self._weights_by_key(index)(added)]))
+
+    def _weights_by_key(self, index: RowIndex) -> Callable[[Tensor], Tensor]:
+        if self.column is not None:
+            if index.columns is None:
+                raise DataError(
+                    f"Fixed(column={self.column!r}): nothing reads columns of the training set here; use "
+                    "SafeSchedCallback, or give values and keys"
+                )
+            return index.columns(self.column)
         values = self._values()
         if self.keys is not None:
-            return FixedState(self._by_key(index, values))
+            return RowValues.of(
+                self._keys(),
+                values,
+                "Fixed(keys=...)",
+                "the keys come from another data set, tokenizer or chat template: compute them again on this one",
+            )
         if index.row_slots is None:
-            raise DataError("Fixed(values) needs a training set with rows to count; for a stream give keys as well")
+            raise DataError(
+                f"Fixed(values) needs a training set with rows to count, and a stream has none; {COLUMN_WAY}"
+            )
+        if index.moved is not None:
+            raise DataError(f"Fixed(values) gives weights by position, but {index.moved}; {COLUMN_WAY}")
         if values.numel() != index.rows:
             raise DataError(
-                f"Fixed has {values.numel()} weights for a training set of {index.rows} rows. Give one weight per row "
-                "that the trainer holds (it may have dropped or packed some), or tie weights to rows with keys=..."
+                f"Fixed has {values.numel()} weights for a training set of {index.rows} rows. The trainer may have "
+                f"dropped some; {COLUMN_WAY}"
             )
-        slots = index.row_slots.long()
-        weight = torch.empty(index.slots).scatter_(0, slots, values)
-        differs = (weight[slots] != values).nonzero().flatten()
-        if differs.numel():
-            row = int(differs[0])
-            twin = int((slots == slots[row]).nonzero()[-1])
-            raise DataError(
-                f"Fixed: rows {row} and {twin} have the same content but weights {float(values[row])} and "
-                f"{float(weight[slots[row]])}; give identical rows one weight"
-            )
-        return FixedState(weight)
+        return RowValues.of(index.keys[index.row_slots.long()], values, "Fixed")
 
     def with_prior(self, state: FixedState, prior: RowPrior) -> FixedState:
         """See `Scheduler.with_prior`: the weight of a row is ``1 - p``, as ``safe-sched export`` writes it.
@@ -128,31 +164,9 @@ class Fixed(Scheduler[FixedState]):
         Raises:
             OptionError: It has weights already.
         """
-        if self.values is not None:
+        if self.values is not None or self.column is not None:
             raise OptionError("Fixed(values) has its weights, and a prior gives others; use Fixed() with the prior")
         return FixedState((1 - prior.p).float())
-
-    def grow(self, state: FixedState, index: RowIndex) -> FixedState:
-        """See `Scheduler.grow`."""
-        return self.init(index)
-
-    def _by_key(self, index: RowIndex, values: Tensor) -> Tensor:
-        keys, order = self._keys().sort()
-        values = values[order]
-        differs = ((keys[1:] == keys[:-1]) & (values[1:] != values[:-1])).nonzero().flatten()
-        if differs.numel():
-            first, second = order[differs[0]], order[differs[0] + 1]
-            raise DataError(
-                f"Fixed(keys=...): numbers {int(first)} and {int(second)} are the same key with the weights "
-                f"{float(values[differs[0]])} and {float(values[differs[0] + 1])}; give each key one weight"
-            )
-        found = torch.isin(index.keys, keys)
-        if not bool(found.all()):
-            raise DataError(
-                f"Fixed(keys=...) has no weight for {int((~found).sum())} of {index.slots} distinct training rows; "
-                "the keys come from another data set, tokenizer or chat template: compute them again on this one"
-            )
-        return values[torch.searchsorted(keys, index.keys)]
 
     def weights(self, state: FixedState, batch: Observation) -> Tensor:
         """See `Scheduler.weights`."""
