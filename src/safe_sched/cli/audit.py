@@ -81,10 +81,6 @@ def audit(
     engine: Annotated[
         Literal["local", "ray"], typer.Option(metavar="KIND", help="ray: score with Ray, on a cluster or all cores.")
     ] = "local",
-    processes: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="That score, on this machine; one per core if unset.", show_default=False),
-    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Of rows of tokens; MODEL's if unset.", show_default=False)
     ] = None,
@@ -158,7 +154,6 @@ def audit(
                 dtype=dtype,
                 seed=seed,
                 engine=scoring,
-                processes=processes,
                 tokenizer=tokenizer,
                 progress=progress,
             )

@@ -52,7 +52,6 @@ class Duplicates:
     name: ClassVar[str] = "duplicate"
     about: ClassVar[str] = "Overlap with another row; 1 is the same text"
     kind: ClassVar[Sort] = "quality"
-    travels: ClassVar[bool] = True
 
     def __init__(self, rows: int = ROWS) -> None:
         self._most = rows

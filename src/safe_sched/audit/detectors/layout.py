@@ -47,7 +47,6 @@ class LayoutOutliers:
     name: ClassVar[str] = "layout"
     about: ClassVar[str] = "How rare the row's layout is in the file: 2 is one in a hundred"
     kind: ClassVar[Sort] = "quality"
-    travels: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._kept: dict[int, AuditRow] = {}

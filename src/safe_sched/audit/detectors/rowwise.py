@@ -14,7 +14,6 @@ class Rowwise:
     """A detector in all but its name and `look`."""
 
     kind: ClassVar[Sort] = "quality"
-    travels: ClassVar[bool] = True
 
     def look(self, row: AuditRow) -> tuple[float, str] | None:
         """The value of a row and the reason in words; None where there is nothing to say."""

@@ -75,7 +75,6 @@ class TextScorer:
     name: ClassVar[str] = "text"
     about: ClassVar[str] = "Log-odds that the prompt asks for what the safety set refuses: a text classifier"
     kind: ClassVar[Sort] = "harm"
-    travels: ClassVar[bool] = True
 
     def __init__(self, safety_rows: Iterable[Mapping[str, Any]] = ()) -> None:
         own = [str(row["prompt"]) for row in core_rows()]
