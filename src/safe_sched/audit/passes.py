@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from safe_sched.audit.calibration.calibrate import Calibration, calibrate
+from safe_sched.audit.calibration.calibrate import FileCalibration, calibrate
 from safe_sched.audit.engines.shard import Engine, Shard
 from safe_sched.audit.inputs import Entry, Inputs
 from safe_sched.audit.labels import KnownLabels
@@ -112,7 +112,7 @@ def score(
         raise changed
 
 
-def calibrated(found: Sequence[Detector], shards: Shards, rows: int, seed: int) -> Calibration:
+def calibrated(found: Sequence[Detector], shards: Shards, rows: int, seed: int) -> FileCalibration:
     """What turns the scores into a probability, fitted to those of at most `SAMPLE` rows."""
     names = [detector.name for detector in found if detector.kind == "harm"]
     step = max(1, math.ceil(rows / SAMPLE))

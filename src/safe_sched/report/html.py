@@ -26,7 +26,7 @@ from markupsafe import Markup
 from safe_sched.audit.findings import Findings, Summary
 from safe_sched.errors import OptionError
 from safe_sched.report.charts import histogram_chart, interval_chart, matrix_chart
-from safe_sched.report.texts import LONGEST, Part, Source, parts_of
+from safe_sched.report.texts import LONGEST, Part, RowsGiven, parts_of
 from safe_sched.report.view import (
     View,
     buckets,
@@ -51,7 +51,7 @@ _REASON = 1000
 
 def write_html(
     findings: Findings,
-    rows_source: Source | None,
+    rows_source: RowsGiven | None,
     path: str | Path,
     show_text: bool = False,
     *,

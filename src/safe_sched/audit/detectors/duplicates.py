@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from safe_sched.audit.detectors.ngrams import words_of
-from safe_sched.audit.detectors.patterns import nothing
+from safe_sched.audit.detectors.rowwise import nothing
 from safe_sched.audit.detectors.sample import digest
 from safe_sched.audit.rows import AuditRow
 from safe_sched.audit.signals import Evidence, Sort

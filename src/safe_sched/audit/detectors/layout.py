@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from safe_sched.audit.detectors.patterns import nothing
+from safe_sched.audit.detectors.rowwise import nothing
 from safe_sched.audit.detectors.sample import digest
 from safe_sched.audit.rows import AuditRow
 from safe_sched.audit.signals import Evidence, Sort
@@ -24,7 +24,7 @@ RARE = 0.02
 _LONGEST = 8000  # characters of a row that is learnt from or looked at
 _PARTS = 20
 
-Layout = tuple[object, ...]
+RowLayout = tuple[object, ...]
 
 
 class LayoutOutliers:
@@ -52,7 +52,7 @@ class LayoutOutliers:
         self._kept: dict[int, AuditRow] = {}
         self._most = 1 << 64
         self._templates: dict[tuple[str, str], list[Template]] = {}  # by schema and place
-        self._shares: dict[Layout, float] = {}
+        self._shares: dict[RowLayout, float] = {}
         self._seen = 0
 
     def observe(self, rows: Sequence[AuditRow]) -> None:
@@ -96,7 +96,7 @@ class LayoutOutliers:
         """How much is learnt from, and what is rare."""
         return {"sample": SAMPLE, "rare": RARE, "version": 1}
 
-    def _layout(self, row: AuditRow) -> Layout:
+    def _layout(self, row: AuditRow) -> RowLayout:
         example = row.example
         roles = tuple(part.role for part in example.parts[:_PARTS])
         if _size(row) > _LONGEST:
