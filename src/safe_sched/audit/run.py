@@ -176,11 +176,14 @@ def _tokenizer(given: Any, model: str | None) -> Any:
 
 def _detectors(given: Sequence[Detector] | None, **options: Any) -> list[Detector]:
     """The signals that were given, or the built-in ones and those of plugins."""
-    from safe_sched.audit.detectors import default_detectors  # it imports scikit-learn
     from safe_sched.hooks import AuditRequest, detectors
 
     request = AuditRequest(**options)
-    return list(given) if given is not None else [*default_detectors(request.safety_rows), *detectors(request)]
+    if given is not None:
+        return list(given)
+    from safe_sched.audit.detectors import default_detectors  # it imports scikit-learn
+
+    return [*default_detectors(request.safety_rows), *detectors(request)]
 
 
 def _settings(

@@ -17,7 +17,15 @@ import pyarrow.parquet
 import typer
 from rich.console import Console
 
-from safe_sched.cli.screen import UNSCORED, DeviceOption, DtypeOption, errors_as_exit_codes, progress_bar
+from safe_sched.cli.screen import (
+    UNSCORED,
+    DeviceOption,
+    DtypeOption,
+    errors_as_exit_codes,
+    name_bad,
+    progress_bar,
+    say_error,
+)
 from safe_sched.errors import OptionError
 from safe_sched.mixing.explain import seen
 
@@ -326,19 +334,15 @@ def _cut(findings: Any) -> str:
 
 def _name_bad(findings: Any) -> None:
     """What could not be read or scored, on standard error: the first by name, all by number."""
-    summary, console = findings.summary, Console(stderr=True)
-
-    def say(text: str) -> None:
-        console.print(seen(text), style="red", markup=False, highlight=False, soft_wrap=True)
-
-    unscored = summary.rows - summary.scored
-    say(f"{summary.bad_rows:,} lines or rows could not be read, {unscored:,} of {summary.rows:,} rows have no score:")
-    for one in summary.bad:
-        say(f"  {one.where}: {one.reason}")
-    if summary.bad_rows > len(summary.bad):
-        say(f"  and {summary.bad_rows - len(summary.bad):,} more that could not be read")
+    summary = findings.summary
+    unscored, unnamed = summary.rows - summary.scored, summary.bad_rows - len(summary.bad)
+    name_bad(
+        f"{summary.bad_rows:,} lines or rows could not be read, {unscored:,} of {summary.rows:,} rows have no score:",
+        [f"{one.where}: {one.reason}" for one in summary.bad],
+        f"and {unnamed:,} more that could not be read" if unnamed else "",
+    )
     for where, reason in _silent(findings, {one.where for one in summary.bad}):
-        say(f"  {where}: {reason}")
+        say_error(f"  {where}: {reason}")
 
 
 def _silent(findings: Any, named: set[str]) -> list[tuple[str, str]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from safe_sched.errors import NumericsError, SafeSchedError, UnscoredError
 from safe_sched.generation import Device, Dtype
@@ -42,6 +44,22 @@ def say_error(text: str) -> None:
     """Print a text in red on standard error, with its control characters shown."""
     # soft_wrap: paths in a message stay in one piece
     Console(stderr=True).print(seen(text), style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def name_bad(heading: str, bad: Sequence[object], more: str = "") -> None:
+    """Print a heading in red on standard error, and below it what is wrong, line by line."""
+    for line in (heading, *(f"  {one}" for one in bad), *([f"  {more}"] if more else [])):
+        say_error(line)
+
+
+def table_of(title: str, lines: Iterable[tuple[str, str]]) -> Table:
+    """Names and values; what they say comes from data in part."""
+    shown = Table(show_header=False, title=title, title_justify="left")
+    shown.add_column(style="bold", no_wrap=True)
+    shown.add_column(overflow="fold")
+    for name, value in lines:
+        shown.add_row(Text(seen(name)), Text(seen(value)))
+    return shown
 
 
 @contextlib.contextmanager

@@ -9,11 +9,8 @@ script, whose hash it names, and load nothing at all.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +21,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from safe_sched.audit.findings import Findings, Summary
+from safe_sched.audit.shards import write_whole
 from safe_sched.errors import OptionError
 from safe_sched.report.charts import histogram_chart, interval_chart, matrix_chart
 from safe_sched.report.texts import LONGEST, Part, RowsGiven, parts_of
@@ -236,15 +234,7 @@ def _hash(text: str) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    final = Path(os.path.realpath(path))
+    final = path.resolve()
     if final.exists() and not final.is_file():
         raise OptionError(f"{path} is no regular file, so it cannot be replaced by the report; give another name")
-    part = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.write_text(text, "utf-8", newline="\n")
-        os.replace(part, final)
-    except OSError as error:
-        raise OptionError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+    write_whole(final, text.encode())
