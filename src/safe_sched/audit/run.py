@@ -20,7 +20,7 @@ from safe_sched.audit.labels import KnownLabels, Labels
 from safe_sched.audit.passes import Clock, calibrated, observe, score
 from safe_sched.audit.shards import Shards
 from safe_sched.audit.signals import Detector
-from safe_sched.audit.to_table import Judge, schema_of
+from safe_sched.audit.to_table import FindingsBuilder, schema_of
 from safe_sched.data.rows import CORE, read_rows
 from safe_sched.errors import DataError, OptionError, UnscoredError
 from safe_sched.generation import Device, Dtype
@@ -62,7 +62,7 @@ def audit(
     tokenizer: Any = None,
     progress: Callable[[str, int, int | None], None] = _silent,
 ) -> Findings:
-    """Say of every row of a training set how likely it is harmful, and why.
+    """Estimate for every row of a training set how likely it is harmful, with reasons.
 
     Args:
         data: Rows (dicts with named fields, in a schema of `safe_sched.mixing.SCHEMAS`), or a path: a file, a folder,
@@ -83,7 +83,7 @@ def audit(
         max_length: Tokens that a row is cut to for the model, >= 2.
         device: ``"auto"`` is a GPU where there is one.
         dtype: Of the model's parameters.
-        seed: Of whatever is drawn.
+        seed: Random seed of the detectors and of the bootstrap.
         shard_rows: Rows of a shard.
         engine: Runs the scoring; None: this process.
         tokenizer: For rows of tokens: what made them, as a folder, a hub name or an object. None: the model's.
@@ -143,11 +143,11 @@ def audit(
         score(inputs.shards(shard_rows), found, wanted, shards, digests, engine or LocalEngine(), rows, clock)
         clock.stage("calibrating", None)
         fitted = calibrated(found, shards, rows, seed)
-        judge = Judge(found, fitted, least)
-        lines, schema_out = map(judge.lines, shards.tables()), schema_of(found)
+        builder = FindingsBuilder(found, fitted, least)
+        lines, schema_out = map(builder.lines, shards.tables()), schema_of(found)
         # in a folder of the user's the table stays on disk, so that memory does not grow with the rows
         table = pa.concat_tables([schema_out.empty_table(), *lines]) if out is None else shards.keep(lines, schema_out)
-    summary = _summary(table, judge, inputs, bad, bad_rows, limit, model, clock.done())
+    summary = _summary(table, builder, inputs, bad, bad_rows, limit, model, clock.done())
     if summary.scored == 0:
         first = f"the first: {bad[0].where}: {bad[0].reason}" if bad else "no signal says anything of any of them"
         raise UnscoredError(f"none of {rows} rows could be scored; {first}")
@@ -205,7 +205,7 @@ def _names(inputs: Inputs) -> str:
 
 def _summary(
     table: pa.Table,
-    judge: Judge,
+    builder: FindingsBuilder,
     inputs: Inputs,
     bad: tuple[Bad, ...],
     bad_rows: int,
@@ -221,14 +221,14 @@ def _summary(
         bad_rows=bad_rows,
         bad=bad,
         flagged=int(np.count_nonzero(table.column("is_harmful_issue").fill_null(False).to_numpy())),
-        expected_share=judge.share(),
+        expected_share=builder.share(),
         coverage=scored / lines if lines else 0.0,
-        threshold=judge.threshold,
-        signals=judge.signals(),
+        threshold=builder.threshold,
+        signals=builder.signals(),
         sources=tuple(source.name for source in inputs.sources),
         seconds=dict(seconds),
         versions=versions(_DEPENDS),
         limited=limit,
         model=model,
-        calibration=judge.calibration.about,
+        calibration=builder.calibration.about,
     )

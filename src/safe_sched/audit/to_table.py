@@ -15,7 +15,7 @@ from safe_sched.audit.signals import Detector
 
 
 @dataclass
-class Judge:
+class FindingsBuilder:
     """Turns scores into findings, and counts along.
 
     Attributes:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,8 +31,6 @@ from safe_sched.mixing.explain import seen
 
 FOUND = 1
 """The exit code where as much was flagged as ``--fail-on`` names."""
-
-Progress = Callable[[str, int, int | None], None]
 
 
 def audit(
@@ -95,7 +93,7 @@ def audit(
     max_length: Annotated[int, typer.Option(metavar="TOKENS", help="Cut rows to this for MODEL.")] = 1024,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    seed: Annotated[int, typer.Option(metavar="N", help="Of whatever is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed.")] = 0,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", metavar="", help="Say nothing but errors.", show_default=False)
     ] = False,
@@ -144,7 +142,7 @@ def audit(
         path = None if out is None else out / f"rows.{_ending(form, sources)}"
         if out is not None and path is not None:
             _require_ours(out, path.name, *(["report.html"] if report else []))
-        with _no_bar() if quiet or as_json else progress_bar() as progress:
+        with progress_bar(shown=not quiet and not as_json) as progress:
             findings = run(
                 sources,
                 model=model,
@@ -179,7 +177,9 @@ def audit(
                     rows = Inputs(sources, schema=schema, limit=limit, tokenizer=reader)
                     write_html(findings, rows, out / "report.html", show_text=show_text, then=then)
         if as_json:
-            _print_json(findings)
+            from safe_sched.report.summary import summary_json
+
+            typer.echo(json.dumps(summary_json(findings), indent=1))
         elif not quiet:
             _say(findings, then, out)
         summary = findings.summary
@@ -205,11 +205,6 @@ def _engine(name: str, stack: contextlib.ExitStack) -> tuple[Any, bool]:
     from safe_sched.audit.engines.ray import RayEngine
 
     return RayEngine(), True
-
-
-@contextlib.contextmanager
-def _no_bar() -> Iterator[Progress]:
-    yield lambda stage, done, total: None
 
 
 def _limit_of(text: str) -> Callable[[int, int], bool]:
@@ -279,12 +274,6 @@ def _write(findings: Any, sources: list[Any], out: Path, path: Path) -> None:
     pyarrow.parquet.write_table(findings.table, sink, compression="zstd")
     write_whole(out / "findings.parquet", sink.getvalue().to_pybytes())
     write_whole(out / "summary.json", json.dumps(summary_json(findings), indent=1).encode())
-
-
-def _print_json(findings: Any) -> None:
-    from safe_sched.report.summary import summary_json
-
-    typer.echo(json.dumps(summary_json(findings), indent=1))
 
 
 def _say(findings: Any, then: str | None, out: Path | None) -> None:

@@ -52,7 +52,7 @@ def mix(
     schema: Annotated[
         str | None, typer.Option(metavar="NAME", help="Schema of USER, where rows fit several.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of places, order and format.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed of places, order, format.")] = 0,
     epoch: Annotated[int, typer.Option(metavar="N", help="Another epoch has other places and orders.")] = 0,
     provenance: Annotated[
         bool, typer.Option("--provenance/--no-provenance", help=f"Add the column {PROVENANCE}: user or safety.")

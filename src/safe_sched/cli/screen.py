@@ -63,7 +63,7 @@ def table_of(title: str, lines: Iterable[tuple[str, str]]) -> Table:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
+def progress_bar(shown: bool = True) -> Iterator[Callable[[str, int, int | None], None]]:
     """A bar on standard error, gone when the work is done.
 
     Yields:
@@ -76,7 +76,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
         task = bar.add_task("", total=None)
         stage = ""
 
