@@ -1,7 +1,7 @@
 """How many rows a second does an audit without a model take, and how much memory?
 
     rows per second    of wall time, through all of `audit(path)`: reading twice, fitting, scoring, shards, table
-    CPU per row        of all processes together, in microseconds: what counts while others use the machine
+    CPU per row        in microseconds: what counts while others use the machine
     times reading      CPU over that of going through the file once and doing nothing, in the same run
     memory             the most that is held at once, in MiB, without files that are mapped
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import shlex
 import subprocess
 import sys
@@ -54,32 +53,25 @@ def tiny(path: Path, rows: int) -> Path:
     return path
 
 
-def cpu() -> float:
-    """Seconds of this process and of those that it started and that have ended."""
-    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in both)
-
-
-def measure(path: Path, rows: int, processes: int) -> list[str]:
+def measure(path: Path, rows: int) -> list[str]:
     """One audit of a file, as cells of the table."""
-    used = cpu()
+    used = time.process_time()
     assert sum(1 for _ in open_rows(path)) == rows
-    read, used, start = cpu() - used, cpu(), time.perf_counter()
-    found = audit(path, processes=processes)
-    wall, used = time.perf_counter() - start, cpu() - used
+    read, used, start = time.process_time() - used, time.process_time(), time.perf_counter()
+    found = audit(path)
+    wall, used = time.perf_counter() - start, time.process_time() - used
     assert found.summary.rows == rows
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in found.summary.seconds.items())
     return [f"{rows / wall:,.0f}", f"{used / rows * 1e6:.0f}", f"{used / read:.0f}", stages]
 
 
 def speed(options: argparse.Namespace, folder: Path) -> Section:
-    """One line per host and number of processes."""
+    """One line per host."""
     lines = []
     for task in options.hosts:
         path = repeated(options.data / f"{HOSTS[task]}.jsonl", folder / f"{task}.jsonl", options.rows)
-        for processes in options.processes:
-            lines.append([task, str(processes), *measure(path, options.rows, processes)])
-    header = ("file", "processes", "rows per second", "CPU per row, µs", "times reading", "seconds by stage")
+        lines.append([task, *measure(path, options.rows)])
+    header = ("file", "rows per second", "CPU per row, µs", "times reading", "seconds by stage")
     return Section(f"Speed, {options.rows:,} rows", "Wall time depends on what else runs.", header, lines)
 
 
@@ -102,7 +94,7 @@ _AUDIT = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from safe_sched.audit.run import audit
-audit(sys.argv[2], out=sys.argv[3] or None, processes=1)
+audit(sys.argv[2], out=sys.argv[3] or None)
 """
 
 
@@ -125,12 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of gsm8k_train.jsonl and the others")
     parser.add_argument("--hosts", nargs="+", choices=HOSTS, default=list(HOSTS))
     parser.add_argument("--rows", type=int, default=50_000, help="of a file")
-    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--memory-rows", nargs="*", type=int, default=[20_000, 200_000, 1_000_000])
     parser.add_argument("--out", type=Path, help="where to write the tables as a page")
     options = parser.parse_args(arguments)
-    if min(options.rows, *options.processes, *options.memory_rows) < 1:
-        parser.error("numbers of rows and of processes are at least 1")
+    if min(options.rows, *options.memory_rows) < 1:
+        parser.error("numbers of rows are at least 1")
     with tempfile.TemporaryDirectory() as folder:
         sections = [speed(options, Path(folder))]
         if options.memory_rows:

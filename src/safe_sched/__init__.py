@@ -4,15 +4,12 @@ The core knows no trainer. It turns what a training step computes anyway into on
 binds the weight in the backward pass. `safe_sched_hf` plugs it into HF Trainer and TRL.
 """
 
-from typing import TYPE_CHECKING
-
+from safe_sched.audit.run import audit  # from here on the function; the package's classes: from safe_sched.audit import
 from safe_sched.errors import SafeSchedError
 from safe_sched.needs import NLL
 from safe_sched.scheduler import Observation, PerRow, Scheduler, State
 from safe_sched.schedulers import BDS, Antibody, BDSReleased, Fixed, NeuralBDS, combine
-
-if TYPE_CHECKING:
-    from safe_sched.audit.run import audit as audit  # at run time the package, which is called like the function
+from safe_sched.version import __version__
 
 __all__ = [
     "BDS",
@@ -30,4 +27,3 @@ __all__ = [
     "audit",
     "combine",
 ]
-__version__ = "0.1.0.dev0"

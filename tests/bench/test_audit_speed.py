@@ -28,11 +28,11 @@ def test_repeated_rows_are_all_different(tmp_path: Path) -> None:
 def test_a_small_run_writes_both_tables(tmp_path: Path) -> None:
     rows = [{"instruction": f"What is {n} plus {n}?", "input": "", "output": str(2 * n)} for n in range(40)]
     (tmp_path / "gsm8k_train.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    arguments = ["--data", str(tmp_path), "--hosts", "gsm8k", "--rows", "90", "--processes", "1", "--memory-rows", "50"]
+    arguments = ["--data", str(tmp_path), "--hosts", "gsm8k", "--rows", "90", "--memory-rows", "50"]
     audit_speed.main([*arguments, "--out", str(tmp_path / "page.md")])
     lines = (tmp_path / "page.md").read_text("utf-8").splitlines()
     (speed,) = [line for line in lines if line.startswith("| gsm8k |")]
-    assert float(speed.split(" | ")[2].replace(",", "")) > 0
+    assert float(speed.split(" | ")[1].replace(",", "")) > 0
     peaks = [float(line.strip("| ").split(" | ")[2].replace(",", "")) for line in lines if line.startswith("| 50 |")]
     assert len(peaks) == 2
     assert all(20 < peak < 4000 for peak in peaks)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtri
 
-from safe_sched.audit.calibration.calibrate import SHARE_LEVEL, Calibration, _elsewhere, calibrate
+from safe_sched.audit.calibration.calibrate import SHARE_LEVEL, FileCalibration, calibrate, moved_rows
 from safe_sched.audit.calibration.mixture import fit_mixture
 
 ROWS = 2000
@@ -24,7 +24,7 @@ def drawn(share: float, gap: float, seed: int, shift: float = 0.0) -> tuple[np.n
     return values, rng.normal(gap, 1.0, 200), bad
 
 
-def share_of(fitted: Calibration, values: dict[str, np.ndarray]) -> tuple[float, float, float]:
+def share_of(fitted: FileCalibration, values: dict[str, np.ndarray]) -> tuple[float, float, float]:
     score = fitted.score(values)
     sums = fitted.sums(score) / score.size
     tail = (1 - SHARE_LEVEL) / 2
@@ -36,7 +36,7 @@ def test_known_rows_move_by_a_third_of_their_spread_beside_chance() -> None:
     """Var(mean) = s^2 / n + (0.3 s)^2, for n rows of the spread s."""
     rng = np.random.default_rng(0)
     known = 2.0 * rng.normal(size=100) + 5.0
-    means = np.array([np.mean(np.asarray(_elsewhere(known, rng))) for _ in range(4000)])
+    means = np.array([np.mean(np.asarray(moved_rows(known, rng))) for _ in range(4000)])
     assert means.mean() == pytest.approx(known.mean(), abs=0.05)
     assert means.var() == pytest.approx(known.var() * (1 / 100 + 0.09), rel=0.1)
 

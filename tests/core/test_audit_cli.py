@@ -313,7 +313,6 @@ def test_the_next_line_to_type_is_told(here: Path) -> None:
         (["train.jsonl", "--fail-on", "1.5"], "--fail-on '1.5'; allowed"),
         (["train.jsonl", "--fail-on", "many"], "--fail-on 'many'; allowed"),
         (["train.jsonl", "--threshold", "2"], "threshold='2'; allowed: a number above 0 and at most 1, or 'auto'"),
-        (["train.jsonl", "--processes", "0"], "processes=0"),
         (["train.jsonl", "--limit", "0"], "limit=0; allowed: a whole number >= 1"),
         (["train.jsonl", "--report", "html"], "--report without --out; name the folder"),
         (["train.jsonl", "--resume"], "--resume without --out"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safe_sched.audit.calibration.calibrate import Calibration, calibrate
+from safe_sched.audit.calibration.calibrate import FileCalibration, calibrate
 from safe_sched.audit.calibration.contrast import YIELDS, Contrast
 
 RNG = np.random.default_rng(0)
@@ -28,7 +28,7 @@ KNOWN, HARMLESS = {"text": normal(8, 200)}, {"text": normal(4, 200)}
 IS_BAD = np.arange(ROWS) >= ROWS - BAD
 
 
-def chances(fitted: Calibration, values: dict[str, np.ndarray]) -> np.ndarray:
+def chances(fitted: FileCalibration, values: dict[str, np.ndarray]) -> np.ndarray:
     return fitted.chances(fitted.score(values), fitted.added(values))[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import safe_sched.audit
 from safe_sched.audit import Evidence, Findings, audit, audit_row, passes
 from safe_sched.audit.findings import COLUMNS
 from safe_sched.data import RowWriter, open_rows
@@ -369,11 +369,17 @@ def test_rows_of_which_no_signal_speaks_are_not_scored() -> None:
     assert (summary.rows, summary.scored, summary.coverage) == (300, 150, 0.5)
 
 
-def test_the_package_is_called_like_the_function() -> None:
-    from safe_sched import audit as package
-
-    assert package is safe_sched.audit
-    assert package(ROWS, detectors=[Counts()]).summary.flagged == 30
+def test_the_function_is_found_whatever_of_its_package_is_imported_first() -> None:
+    """The package is named like the function; in a new process, where nothing is imported yet."""
+    script = """
+from safe_sched.audit.findings import COLUMNS
+from safe_sched.audit import AuditRow, Detector
+from safe_sched import audit
+import safe_sched
+assert audit is safe_sched.audit
+assert audit.__module__ == "safe_sched.audit.run"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_the_findings_can_be_exported(tmp_path: Path) -> None:

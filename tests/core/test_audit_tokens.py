@@ -111,7 +111,7 @@ def test_without_a_plugin_that_knows_it_the_error_says_what_to_install(monkeypat
 
 def test_tokens_of_a_file_and_in_other_processes(tmp_path: Path) -> None:
     """The tokenizer stays here, whatever it holds: what scores elsewhere gets texts."""
-    from safe_sched.audit.engines.shard import Shard, light
+    from safe_sched.audit.engines.shard import Shard, to_send
     from safe_sched.audit.inputs import Inputs, Rows
 
     with RowWriter(tmp_path / "rows.jsonl") as out:
@@ -120,6 +120,6 @@ def test_tokens_of_a_file_and_in_other_processes(tmp_path: Path) -> None:
     found = run(tmp_path / "rows.jsonl", tokenizer=Letters(3))
     assert found.table.drop_columns(["where"]).equals(run(TEXTS).table.drop_columns(["where"]))
     (entries,) = Inputs([Rows(ROWS)], tokenizer=Letters(3)).shards(1000)
-    sent = light(Shard(0, entries, None))  # type: ignore[arg-type]
+    sent = to_send(Shard(0, entries, None))  # type: ignore[arg-type]
     assert all(one.example.tokenizer is None for one in sent.entries)  # type: ignore[union-attr]
     assert [one.prompt for one in sent.entries] == [row["prompt"] for row in TEXTS]  # type: ignore[union-attr]

@@ -207,10 +207,10 @@ def test_long_texts_are_cut_to_head_and_tail() -> None:
 def test_a_sample_is_the_smallest_hashes_in_any_order(numbers: list[int], size: int, rng: random.Random) -> None:
     expected = sorted({str(n) for n in numbers}, key=digest)[:size]
     rng.shuffle(numbers)
-    sample = Sample(size)
+    sample = Sample[str](size)
     for number in numbers:
-        sample.add(str(number))
-    assert sample.texts() == expected
+        sample.add(str(number), str(number))
+    assert sample.items() == expected
 
 
 def test_the_lexicon_finds_stems() -> None:

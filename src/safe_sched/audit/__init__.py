@@ -1,17 +1,12 @@
 """Which rows of a training file would undo a model's safety?
 
-The package is called like the function::
+The package is named like its function, and ``safe_sched.audit`` is the function::
 
     from safe_sched import audit
+    from safe_sched.audit import Detector, Evidence
 
     findings = audit("train.jsonl")
 """
-
-from __future__ import annotations
-
-import sys
-import types
-from typing import Any
 
 from safe_sched.audit.engines.ranks import ranks
 from safe_sched.audit.findings import Bad, Findings, Share, Signal, Summary
@@ -33,13 +28,3 @@ __all__ = [
     "audit_row",
     "ranks",
 ]
-
-
-class _Callable(types.ModuleType):
-    """``safe_sched.audit`` is this package once anything of it is imported, whatever a name in its parent said."""
-
-    def __call__(self, *args: Any, **options: Any) -> Findings:
-        return audit(*args, **options)
-
-
-sys.modules[__name__].__class__ = _Callable

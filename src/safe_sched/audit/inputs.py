@@ -22,7 +22,7 @@ from safe_sched.errors import DataError, unknown_name
 
 
 @runtime_checkable
-class Source(Protocol):
+class RowSource(Protocol):
     """One thing to audit: a file, a folder, a data set."""
 
     @property
@@ -69,7 +69,12 @@ class Inputs:
     """
 
     def __init__(
-        self, sources: Sequence[Source], *, schema: str | None = None, limit: int | None = None, tokenizer: Any = None
+        self,
+        sources: Sequence[RowSource],
+        *,
+        schema: str | None = None,
+        limit: int | None = None,
+        tokenizer: Any = None,
     ) -> None:
         if schema is not None and schema not in SCHEMAS:
             raise unknown_name("schema", schema, SCHEMAS)
@@ -101,7 +106,9 @@ class Inputs:
         while shard := list(itertools.islice(rows, size)):
             yield shard
 
-    def _of(self, source: Source, most: int | None) -> Iterator[tuple[str, Mapping[str, Any] | DataError, str | None]]:
+    def _of(
+        self, source: RowSource, most: int | None
+    ) -> Iterator[tuple[str, Mapping[str, Any] | DataError, str | None]]:
         """Rows of one source with their schema, which its first rows decide; or why a row has none."""
         rows = itertools.islice(self._good(source), most)  # what stands behind the last one is not even looked at
         first = list(itertools.islice(rows, LOOKED_AT))
@@ -114,7 +121,7 @@ class Inputs:
         for where, row in itertools.chain(first, rows):
             yield where, row, schema
 
-    def _good(self, source: Source) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
+    def _good(self, source: RowSource) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
         for found in source.rows():
             if isinstance(found, BadRow):
                 self.bad_lines += 1
@@ -174,7 +181,7 @@ class Rows:
         self.name, self._rows = name, rows
 
     def rows(self) -> Iterator[tuple[str, Mapping[str, Any]] | BadRow]:
-        """See `Source.rows`."""
+        """See `RowSource.rows`."""
         for number, row in enumerate(self._rows):
             if isinstance(row, Mapping):
                 yield f"row {number}", row
@@ -182,28 +189,28 @@ class Rows:
                 yield BadRow(self.name, number + 1, f"a {type(row).__name__}; allowed: a dict with named fields")
 
     def laid_out(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """See `Source.laid_out`."""
+        """See `RowSource.laid_out`."""
         return row
 
 
-def opened_sources(data: Any, stack: contextlib.ExitStack) -> list[Source]:
+def opened_sources(data: Any, stack: contextlib.ExitStack) -> list[RowSource]:
     """What a user named or gave, as sources that can be read again.
 
     Args:
         data: A path, ``"-"``, ``"hf://..."``, an Axolotl YAML, a LlamaFactory ``dataset_info.json``, or several of
-            these; or rows: anything that yields mappings. A `Source` stays what it is.
+            these; or rows: anything that yields mappings. A `RowSource` stays what it is.
         stack: What holds temporary files: standard input and iterators are kept in one, to be read twice.
 
     Raises:
         DataError: There is no such file, or it is of no known kind.
     """
-    if isinstance(data, Source):
+    if isinstance(data, RowSource):
         return [data]
     if isinstance(data, str | Path):
         return _named([str(data)], stack)
     if isinstance(data, list | tuple) and data and all(isinstance(one, str | Path) for one in data):
         return _named([str(one) for one in data], stack)
-    if isinstance(data, list | tuple) and data and all(isinstance(one, Source) for one in data):
+    if isinstance(data, list | tuple) and data and all(isinstance(one, RowSource) for one in data):
         return list(data)
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise DataError(f"a {type(data).__name__} cannot be audited; give rows (dicts with named fields) or a path")
@@ -214,23 +221,23 @@ def opened_sources(data: Any, stack: contextlib.ExitStack) -> list[Source]:
     return [Rows(data)]
 
 
-def _named(paths: Sequence[str], stack: contextlib.ExitStack) -> list[Source]:
+def _named(paths: Sequence[str], stack: contextlib.ExitStack) -> list[RowSource]:
     if paths.count(STDIO) > 1:
         raise DataError("standard input ('-') is named twice, and can only be read once")
-    found: list[Source] = []
+    found: list[RowSource] = []
     for path in paths:
         found.extend([_spooled_input(stack)] if path == STDIO else named([path]))
     return found
 
 
-def _spooled_input(stack: contextlib.ExitStack) -> Source:
+def _spooled_input(stack: contextlib.ExitStack) -> RowSource:
     path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "input.jsonl"
     with opened(STDIO, None) as stream, open(path, "wb") as file:
         shutil.copyfileobj(stream, file, CHUNK)
     return _file(path, "standard input")
 
 
-def _spooled_rows(rows: Iterable[Any], stack: contextlib.ExitStack) -> Source:
+def _spooled_rows(rows: Iterable[Any], stack: contextlib.ExitStack) -> RowSource:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     path = Path(folder) / "rows.jsonl"
     with RowWriter(path) as out:
@@ -239,5 +246,5 @@ def _spooled_rows(rows: Iterable[Any], stack: contextlib.ExitStack) -> Source:
     return _file(path, "rows")
 
 
-def _file(path: str | Path, alias: str | None = None) -> Source:
+def _file(path: str | Path, alias: str | None = None) -> RowSource:
     return DataSource(alias or str(path), str(path), alias=alias)

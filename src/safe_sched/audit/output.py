@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from safe_sched.audit.findings import COLUMNS, Findings
-from safe_sched.audit.inputs import Source
+from safe_sched.audit.inputs import RowSource
 from safe_sched.data import BadRow, RowWriter
 from safe_sched.data.writing import to_json
 from safe_sched.errors import DataError, StateError
@@ -22,7 +22,7 @@ _LEFT_OUT = ("row", "where")  # the place of the line says it
 _AT_ONCE = 4096
 
 
-def write_rows(findings: Findings, sources: Sequence[Source], path: str | Path) -> int:
+def write_rows(findings: Findings, sources: Sequence[RowSource], path: str | Path) -> int:
     r"""Write every audited row with its own columns, then ``safe_sched.p_harmful`` and the others.
 
     Args:
@@ -90,11 +90,11 @@ def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: to_json(value).decode() if isinstance(value, list | dict) else value for name, value in row.items()}
 
 
-def _paths(sources: Sequence[Source]) -> list[Path]:
+def _paths(sources: Sequence[RowSource]) -> list[Path]:
     return [path for source in sources for path in getattr(getattr(source, "file", None), "paths", ())]
 
 
-def _schema(findings: Findings, sources: Sequence[Source]) -> pa.Schema | None:
+def _schema(findings: Findings, sources: Sequence[RowSource]) -> pa.Schema | None:
     """Types of the columns where the source has them; for Parquet and Arrow."""
     files = [getattr(source, "file", None) for source in sources]
     schemas = [None if file is None else file.arrow_schema() for file in files]

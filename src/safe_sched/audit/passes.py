@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from safe_sched.audit.calibration.calibrate import Calibration, calibrate
-from safe_sched.audit.engines.shard import Engine, LocalEngine, Shard
+from safe_sched.audit.calibration.calibrate import FileCalibration, calibrate
+from safe_sched.audit.engines.shard import Engine, Shard
 from safe_sched.audit.inputs import Entry, Inputs
 from safe_sched.audit.labels import KnownLabels
 from safe_sched.audit.rows import AuditRow
@@ -25,7 +25,7 @@ SAMPLE = 200_000
 
 
 def observe(
-    inputs: Inputs, found: Sequence[Detector], labels: KnownLabels, size: int, engine: Engine, clock: Clock
+    inputs: Inputs, found: Sequence[Detector], labels: KnownLabels, size: int, clock: Clock
 ) -> tuple[int, list[str]]:
     """The first pass: how many rows there are, and a digest of the rows of every shard."""
     clock.stage("reading", None)
@@ -36,8 +36,6 @@ def observe(
             for detector in found:
                 detector.observe(readable)
         rows += len(entries)
-        if isinstance(engine, LocalEngine):
-            engine.prepare(found, rows)
         told = labels.of(entries)
         known += int(np.count_nonzero(~np.isnan(told)))
         digests.append(_digest(entries, told))
@@ -114,7 +112,7 @@ def score(
         raise changed
 
 
-def calibrated(found: Sequence[Detector], shards: Shards, rows: int, seed: int) -> Calibration:
+def calibrated(found: Sequence[Detector], shards: Shards, rows: int, seed: int) -> FileCalibration:
     """What turns the scores into a probability, fitted to those of at most `SAMPLE` rows."""
     names = [detector.name for detector in found if detector.kind == "harm"]
     step = max(1, math.ceil(rows / SAMPLE))

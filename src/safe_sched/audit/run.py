@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +20,11 @@ from safe_sched.audit.labels import KnownLabels, Labels
 from safe_sched.audit.passes import Clock, calibrated, observe, score
 from safe_sched.audit.shards import Shards
 from safe_sched.audit.signals import Detector
-from safe_sched.audit.to_table import Judge, schema_of
+from safe_sched.audit.to_table import FindingsBuilder, schema_of
 from safe_sched.data.rows import CORE, read_rows
 from safe_sched.errors import DataError, OptionError, UnscoredError
 from safe_sched.generation import Device, Dtype
-from safe_sched.hooks import AuditRequest, NamedTokenizer
-from safe_sched.hooks import detectors as hooked
+from safe_sched.version import versions
 
 SHARD_ROWS = 4096
 """Rows of a shard: what a killed audit does again, at most."""
@@ -61,11 +59,10 @@ def audit(
     seed: int = 0,
     shard_rows: int = SHARD_ROWS,
     engine: Engine | None = None,
-    processes: int | None = None,
     tokenizer: Any = None,
     progress: Callable[[str, int, int | None], None] = _silent,
 ) -> Findings:
-    """Say of every row of a training set how likely it is harmful, and why.
+    """Estimate for every row of a training set how likely it is harmful, with reasons.
 
     Args:
         data: Rows (dicts with named fields, in a schema of `safe_sched.mixing.SCHEMAS`), or a path: a file, a folder,
@@ -86,11 +83,9 @@ def audit(
         max_length: Tokens that a row is cut to for the model, >= 2.
         device: ``"auto"`` is a GPU where there is one.
         dtype: Of the model's parameters.
-        seed: Of whatever is drawn.
+        seed: Random seed of the detectors and of the bootstrap.
         shard_rows: Rows of a shard.
-        engine: What runs the scoring; None: this machine.
-        processes: Of this machine that score, >= 1; None: one per core for a large input, else this one alone. Signals
-            that ask a model stay in this process.
+        engine: Runs the scoring; None: this process.
         tokenizer: For rows of tokens: what made them, as a folder, a hub name or an object. None: the model's.
         progress: Called with what is being done, how much of it is done, and of how much (None: unknown).
 
@@ -119,38 +114,44 @@ def audit(
         raise OptionError("resume=True goes on with an audit in a folder; name it, out=...")
     if out is not None and engine is None and launched():
         raise OptionError(f"several processes would write to {out}; give engine=, which safe_sched.audit.ranks() makes")
-    if processes is not None and engine is not None:
-        raise OptionError(f"processes={processes} is for this machine, and engine= runs the scoring; give one of them")
+    if detectors is not None and model is not None:
+        raise OptionError(f"model={model!r} asks a model, and detectors= leaves its signals out; give one of them")
     clock = Clock(progress)
     with contextlib.ExitStack() as stack:
-        scoring = engine or stack.enter_context(LocalEngine(1 if launched() else processes))
         shards = Shards(Path(out or stack.enter_context(tempfile.TemporaryDirectory())), resume=resume)
         inputs = Inputs(opened_sources(data, stack), schema=schema, limit=limit, tokenizer=_tokenizer(tokenizer, model))
-        found = _detectors(detectors, safety_data, model, adapter, scorer, max_length, device, dtype, seed)
+        found = _detectors(
+            detectors,
+            safety_rows=read_rows(safety_data),
+            model=model,
+            adapter=adapter,
+            scorer=scorer,
+            max_length=max_length,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+        )
         require_names(found)
         if not any(one.kind == "harm" for one in found):
             raise OptionError("none of the detectors is of kind 'harm', of which p_harmful is made; add one")
         wanted = KnownLabels(labels)
-        rows, digests = observe(inputs, found, wanted, shard_rows, scoring, clock)
+        rows, digests = observe(inputs, found, wanted, shard_rows, clock)
         if rows == 0 and inputs.bad_rows == 0:
             raise DataError(f"{_names(inputs)}: no rows in it")
         bad, bad_rows = tuple(inputs.bad), inputs.bad_rows
         shards.begin(_settings(found, limit, schema, shard_rows, seed), digests)
-        score(inputs.shards(shard_rows), found, wanted, shards, digests, scoring, rows, clock)
+        score(inputs.shards(shard_rows), found, wanted, shards, digests, engine or LocalEngine(), rows, clock)
         clock.stage("calibrating", None)
         fitted = calibrated(found, shards, rows, seed)
-        judge = Judge(found, fitted, least)
-        lines, schema_out = map(judge.lines, shards.tables()), schema_of(found)
+        builder = FindingsBuilder(found, fitted, least)
+        lines, schema_out = map(builder.lines, shards.tables()), schema_of(found)
         # in a folder of the user's the table stays on disk, so that memory does not grow with the rows
         table = pa.concat_tables([schema_out.empty_table(), *lines]) if out is None else shards.keep(lines, schema_out)
-    summary = _summary(table, judge, inputs, bad, bad_rows, limit, model, clock.done())
+    summary = _summary(table, builder, inputs, bad, bad_rows, limit, model, clock.done())
     if summary.scored == 0:
         first = f"the first: {bad[0].where}: {bad[0].reason}" if bad else "no signal says anything of any of them"
         raise UnscoredError(f"none of {rows} rows could be scored; {first}")
     return Findings(table, summary)
-
-
-# before -------------------------------------------------------------------------------------------------------------
 
 
 def _threshold(threshold: float | str) -> float:
@@ -166,43 +167,23 @@ def _threshold(threshold: float | str) -> float:
 
 
 def _tokenizer(given: Any, model: str | None) -> Any:
-    """What reads rows of tokens; loaded when the first one comes."""
+    """Reads rows of tokens; loaded when the first one comes."""
+    from safe_sched.hooks import NamedTokenizer
+
     named = model if given is None else given
     return NamedTokenizer(str(named)) if isinstance(named, str | Path) else named
 
 
-def _detectors(
-    given: Sequence[Detector] | None,
-    safety_data: Any,
-    model: str | None,
-    adapter: str | None,
-    scorer: str | None,
-    max_length: int,
-    device: Device,
-    dtype: Dtype,
-    seed: int,
-) -> list[Detector]:
-    safety = read_rows(safety_data)
-    request = AuditRequest(
-        safety_rows=safety,
-        model=model,
-        adapter=adapter,
-        scorer=scorer,
-        max_length=max_length,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-    )
+def _detectors(given: Sequence[Detector] | None, **options: Any) -> list[Detector]:
+    """The signals that were given, or the built-in ones and those of plugins."""
+    from safe_sched.hooks import AuditRequest, detectors
+
+    request = AuditRequest(**options)
     if given is not None:
-        if model is not None:
-            raise OptionError(f"model={model!r} asks a model, and detectors= leaves its signals out; give one of them")
         return list(given)
     from safe_sched.audit.detectors import default_detectors  # it imports scikit-learn
 
-    return [*default_detectors(safety), *hooked(request)]
-
-
-# after --------------------------------------------------------------------------------------------------------------
+    return [*default_detectors(request.safety_rows), *detectors(request)]
 
 
 def _settings(
@@ -213,19 +194,9 @@ def _settings(
         "schema": schema,
         "shard_rows": shard_rows,
         "seed": seed,
-        "versions": _versions(),
+        "versions": versions(_DEPENDS),
         "detectors": {detector.name: detector.settings() for detector in found},
     }
-
-
-def _versions() -> dict[str, str]:
-    import safe_sched
-
-    found = {"safe-sched": safe_sched.__version__}
-    for name in _DEPENDS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def _names(inputs: Inputs) -> str:
@@ -234,7 +205,7 @@ def _names(inputs: Inputs) -> str:
 
 def _summary(
     table: pa.Table,
-    judge: Judge,
+    builder: FindingsBuilder,
     inputs: Inputs,
     bad: tuple[Bad, ...],
     bad_rows: int,
@@ -250,14 +221,14 @@ def _summary(
         bad_rows=bad_rows,
         bad=bad,
         flagged=int(np.count_nonzero(table.column("is_harmful_issue").fill_null(False).to_numpy())),
-        expected_share=judge.share(),
+        expected_share=builder.share(),
         coverage=scored / lines if lines else 0.0,
-        threshold=judge.threshold,
-        signals=judge.signals(),
+        threshold=builder.threshold,
+        signals=builder.signals(),
         sources=tuple(source.name for source in inputs.sources),
         seconds=dict(seconds),
-        versions=_versions(),
+        versions=versions(_DEPENDS),
         limited=limit,
         model=model,
-        calibration=judge.calibration.about,
+        calibration=builder.calibration.about,
     )

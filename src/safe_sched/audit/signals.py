@@ -62,15 +62,6 @@ class Detector(Protocol):
         ...
 
 
-def travels(detector: Detector) -> bool:
-    """Whether a fitted detector may be copied into other processes of this machine, to score there.
-
-    It says so by ``travels: ClassVar[bool] = True``, and must be quick to pickle. One that holds a model or a device
-    should not, and needs to say nothing.
-    """
-    return bool(getattr(detector, "travels", False))
-
-
 def absolute(detector: Detector) -> bool:
     """Whether a harm detector's values mean the same in every file, as those of a model do.
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from safe_sched.audit.calibration.calibrate import BOOTSTRAPS, SHARE_LEVEL, Calibration
+from safe_sched.audit.calibration.calibrate import BOOTSTRAPS, SHARE_LEVEL, FileCalibration
 from safe_sched.audit.engines.shard import GROUP, REASON
 from safe_sched.audit.findings import COLUMNS, Share, Signal
 from safe_sched.audit.signals import Detector
 
 
 @dataclass
-class Judge:
+class FindingsBuilder:
     """Turns scores into findings, and counts along.
 
     Attributes:
@@ -25,7 +25,7 @@ class Judge:
     """
 
     detectors: Sequence[Detector]
-    calibration: Calibration
+    calibration: FileCalibration
     threshold: float
     _said: dict[str, int] = field(default_factory=dict)
     _sums: np.ndarray = field(default_factory=lambda: np.zeros(1 + BOOTSTRAPS))

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,14 +17,20 @@ import pyarrow.parquet
 import typer
 from rich.console import Console
 
-from safe_sched.cli.screen import UNSCORED, DeviceOption, DtypeOption, errors_as_exit_codes, progress_bar
+from safe_sched.cli.screen import (
+    UNSCORED,
+    DeviceOption,
+    DtypeOption,
+    errors_as_exit_codes,
+    name_bad,
+    progress_bar,
+    say_error,
+)
 from safe_sched.data.terminal_text import printable
 from safe_sched.errors import OptionError
 
 FOUND = 1
 """The exit code where as much was flagged as ``--fail-on`` names."""
-
-Progress = Callable[[str, int, int | None], None]
 
 
 def audit(
@@ -81,17 +87,13 @@ def audit(
     engine: Annotated[
         Literal["local", "ray"], typer.Option(metavar="KIND", help="ray: score with Ray, on a cluster or all cores.")
     ] = "local",
-    processes: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="That score, on this machine; one per core if unset.", show_default=False),
-    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Of rows of tokens; MODEL's if unset.", show_default=False)
     ] = None,
     max_length: Annotated[int, typer.Option(metavar="TOKENS", help="Cut rows to this for MODEL.")] = 1024,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    seed: Annotated[int, typer.Option(metavar="N", help="Of whatever is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed.")] = 0,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", metavar="", help="Say nothing but errors.", show_default=False)
     ] = False,
@@ -140,7 +142,7 @@ def audit(
         path = None if out is None else out / f"rows.{_ending(form, sources)}"
         if out is not None and path is not None:
             _require_ours(out, path.name, *(["report.html"] if report else []))
-        with _no_bar() if quiet or as_json else progress_bar() as progress:
+        with progress_bar(shown=not quiet and not as_json) as progress:
             findings = run(
                 sources,
                 model=model,
@@ -158,7 +160,6 @@ def audit(
                 dtype=dtype,
                 seed=seed,
                 engine=scoring,
-                processes=processes,
                 tokenizer=tokenizer,
                 progress=progress,
             )
@@ -176,7 +177,9 @@ def audit(
                     rows = Inputs(sources, schema=schema, limit=limit, tokenizer=reader)
                     write_html(findings, rows, out / "report.html", show_text=show_text, then=then)
         if as_json:
-            _print_json(findings)
+            from safe_sched.report.summary import summary_json
+
+            typer.echo(json.dumps(summary_json(findings), indent=1))
         elif not quiet:
             _say(findings, then, out)
         summary = findings.summary
@@ -202,11 +205,6 @@ def _engine(name: str, stack: contextlib.ExitStack) -> tuple[Any, bool]:
     from safe_sched.audit.engines.ray import RayEngine
 
     return RayEngine(), True
-
-
-@contextlib.contextmanager
-def _no_bar() -> Iterator[Progress]:
-    yield lambda stage, done, total: None
 
 
 def _limit_of(text: str) -> Callable[[int, int], bool]:
@@ -278,12 +276,6 @@ def _write(findings: Any, sources: list[Any], out: Path, path: Path) -> None:
     write_file(out / "summary.json", json.dumps(summary_json(findings), indent=1).encode())
 
 
-def _print_json(findings: Any) -> None:
-    from safe_sched.report.summary import summary_json
-
-    typer.echo(json.dumps(summary_json(findings), indent=1))
-
-
 def _say(findings: Any, then: str | None, out: Path | None) -> None:
     from safe_sched.report.terminal import render
 
@@ -331,19 +323,15 @@ def _cut(findings: Any) -> str:
 
 def _name_bad(findings: Any) -> None:
     """What could not be read or scored, on standard error: the first by name, all by number."""
-    summary, console = findings.summary, Console(stderr=True)
-
-    def say(text: str) -> None:
-        console.print(printable(text), style="red", markup=False, highlight=False, soft_wrap=True)
-
-    unscored = summary.rows - summary.scored
-    say(f"{summary.bad_rows:,} lines or rows could not be read, {unscored:,} of {summary.rows:,} rows have no score:")
-    for one in summary.bad:
-        say(f"  {one.where}: {one.reason}")
-    if summary.bad_rows > len(summary.bad):
-        say(f"  and {summary.bad_rows - len(summary.bad):,} more that could not be read")
+    summary = findings.summary
+    unscored, unnamed = summary.rows - summary.scored, summary.bad_rows - len(summary.bad)
+    name_bad(
+        f"{summary.bad_rows:,} lines or rows could not be read, {unscored:,} of {summary.rows:,} rows have no score:",
+        [f"{one.where}: {one.reason}" for one in summary.bad],
+        f"and {unnamed:,} more that could not be read" if unnamed else "",
+    )
     for where, reason in _silent(findings, {one.where for one in summary.bad}):
-        say(f"  {where}: {reason}")
+        say_error(f"  {where}: {reason}")
 
 
 def _silent(findings: Any, named: set[str]) -> list[tuple[str, str]]:

@@ -9,10 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from safe_sched.cli.screen import errors_as_exit_codes
+from safe_sched.cli.screen import errors_as_exit_codes, table_of
 from safe_sched.data.export import Exported
 from safe_sched.data.export import export as write_weights
 from safe_sched.errors import DataError
@@ -85,13 +84,7 @@ def _table(path: Path) -> pa.Table:
 
 
 def _summary(found: Exported, out: str, removed: Path | None) -> Table:
-    table = Table(show_header=False, title="Rows with weights", title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
     lines = [("rows", f"{found.rows:,}"), ("kept", f"{found.kept:,}, in {out}")]
     if removed is not None:
         lines.append(("removed", f"{found.removed:,}, in {removed}"))
-    lines.append(("mean weight of those kept", f"{found.mean:.4f}"))
-    for name, value in lines:
-        table.add_row(name, escape(value))
-    return table
+    return table_of("Rows with weights", [*lines, ("mean weight of those kept", f"{found.mean:.4f}")])

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from safe_sched.cli.screen import DeviceOption, DtypeOption, errors_as_exit_codes, progress_bar
+from safe_sched.cli.screen import DeviceOption, DtypeOption, errors_as_exit_codes, progress_bar, table_of
 from safe_sched.data.rows import read_rows
 from safe_sched.errors import OptionError
 from safe_sched.estimators.reference import save_reference
@@ -117,16 +117,12 @@ def _read_template(path: Path) -> str:
 
 def _summary(found: RowLosses, seconds: float, out: Path) -> Table:
     nll = found.nll.double()
-    table = Table(show_header=False, title="Losses of the plain model", title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in (
+    lines = [
         ("rows", f"{nll.numel():,}"),
         ("label tokens", f"{int(found.label_tokens.sum()):,}"),
         ("nats per token, mean over rows", f"{float(nll.mean()):.4f}"),
         ("lowest, highest row", f"{float(nll.min()):.4f}, {float(nll.max()):.4f}"),
         ("seconds", f"{seconds:.1f}"),
         ("written to", str(out)),
-    ):
-        table.add_row(name, value)
-    return table
+    ]
+    return table_of("Losses of the plain model", lines)

@@ -12,8 +12,8 @@ import pyarrow as pa
 import typer
 from rich.console import Console
 
-from safe_sched.cli.mix_report import STDIO, Written, name_bad, say_next, summary, table
-from safe_sched.cli.screen import errors_as_exit_codes, progress_bar
+from safe_sched.cli.mix_report import STDIO, Written, name_unread, say_next, summary
+from safe_sched.cli.screen import UNSCORED, errors_as_exit_codes, progress_bar, table_of
 from safe_sched.data import RowFile, RowWriter, open_rows
 from safe_sched.errors import DataError, OptionError
 from safe_sched.generation import TextGenerator
@@ -23,9 +23,6 @@ from safe_sched.mixing.mix import SAMPLE
 from safe_sched.mixing.plan import PROVENANCE, MixPlan, plan_mix
 from safe_sched.mixing.rewriting.endpoint import Endpoint
 from safe_sched.mixing.rewriting.rewrite import RewriteReport, local, rewrite, task_prompts
-
-UNREAD = 3
-"""The exit code where some lines of the training file are no rows, and the others have been mixed."""
 
 _SHOWN = 1000  # rows between two updates of the bar
 
@@ -56,7 +53,7 @@ def mix(
     schema: Annotated[
         str | None, typer.Option(metavar="NAME", help="Schema of USER, where rows fit several.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of places, order and format.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed of places, order, format.")] = 0,
     epoch: Annotated[int, typer.Option(metavar="N", help="Another epoch has other places and orders.")] = 0,
     provenance: Annotated[
         bool, typer.Option("--provenance/--no-provenance", help=f"Add the column {PROVENANCE}: user or safety.")
@@ -145,13 +142,13 @@ def mix(
     if explain:
         console.print(explain_format(found) if found is not None else "No format is looked for with --no-mimic.")
     if report is not None:
-        console.print(table("What rewriting would take" if dry_run else "Rewritten prompts", report.summary()))
+        console.print(table_of("What rewriting would take" if dry_run else "Rewritten prompts", report.summary()))
     if written is not None and out is not None:
         console.print(summary(written, found, out, time.perf_counter() - start))
     say_next(console, context, out, written is not None)
     if file.bad_rows:
-        name_bad(file)
-        raise typer.Exit(UNREAD)
+        name_unread(file)
+        raise typer.Exit(UNSCORED)
 
 
 def _require_consistent(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from safe_sched.cli.screen import name_bad, table_of
 from safe_sched.data import RowFile
 from safe_sched.data.kinds import STDIO, form_of
 from safe_sched.data.terminal_text import printable
@@ -26,20 +25,10 @@ class Written:
     safety: int
 
 
-def table(title: str, lines: Iterable[tuple[str, str]]) -> Table:
-    """Names and values; what they say comes from data in part."""
-    shown = Table(show_header=False, title=title, title_justify="left")
-    shown.add_column(style="bold", no_wrap=True)
-    shown.add_column(overflow="fold")
-    for name, value in lines:
-        shown.add_row(Text(printable(name)), Text(printable(value)))
-    return shown
-
-
 def summary(written: Written, found: TaskFormat | None, out: str, seconds: float) -> Table:
     """What has been done."""
     rows = written.user + written.safety
-    return table(
+    return table_of(
         "Mixed",
         [
             ("user rows", f"{written.user:,}"),
@@ -91,16 +80,8 @@ def _formats(found: TaskFormat | None) -> str:
     return told if found.learned else "no constant template: free text"
 
 
-def name_bad(file: RowFile) -> None:
+def name_unread(file: RowFile) -> None:
     """The lines that were no rows, on standard error: the first ones by name, all by number."""
-    console = Console(stderr=True)
-
-    def say(text: object) -> None:
-        console.print(printable(str(text)), style="red", markup=False, highlight=False, soft_wrap=True)
-
     lines = "1 line" if file.bad_rows == 1 else f"{file.bad_rows:,} lines"
-    say(f"{lines} could not be read; not in the mix:")
-    for one in file.bad:
-        say(f"  {one}")
-    if file.bad_rows > len(file.bad):
-        say(f"  and {file.bad_rows - len(file.bad):,} more")
+    more = file.bad_rows - len(file.bad)
+    name_bad(f"{lines} could not be read; not in the mix:", file.bad, f"and {more:,} more" if more else "")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from safe_sched.data.terminal_text import printable
 from safe_sched.errors import NumericsError, SafeSchedError, UnscoredError
@@ -44,8 +46,24 @@ def say_error(text: str) -> None:
     Console(stderr=True).print(printable(text), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
+def name_bad(heading: str, bad: Sequence[object], more: str = "") -> None:
+    """Print a heading in red on standard error, and below it what is wrong, line by line."""
+    for line in (heading, *(f"  {one}" for one in bad), *([f"  {more}"] if more else [])):
+        say_error(line)
+
+
+def table_of(title: str, lines: Iterable[tuple[str, str]]) -> Table:
+    """Names and values; what they say comes from data in part."""
+    shown = Table(show_header=False, title=title, title_justify="left")
+    shown.add_column(style="bold", no_wrap=True)
+    shown.add_column(overflow="fold")
+    for name, value in lines:
+        shown.add_row(Text(printable(name)), Text(printable(value)))
+    return shown
+
+
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
+def progress_bar(shown: bool = True) -> Iterator[Callable[[str, int, int | None], None]]:
     """A bar on standard error, gone when the work is done.
 
     Yields:
@@ -58,7 +76,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
         task = bar.add_task("", total=None)
         stage = ""
 

@@ -24,7 +24,7 @@ from safe_sched.audit.findings import Findings, Summary
 from safe_sched.data.writing import write_file
 from safe_sched.errors import OptionError
 from safe_sched.report.charts import histogram_chart, interval_chart, matrix_chart
-from safe_sched.report.texts import LONGEST, Part, Source, parts_of
+from safe_sched.report.texts import LONGEST, Part, RowsGiven, parts_of
 from safe_sched.report.view import (
     View,
     buckets,
@@ -49,7 +49,7 @@ _REASON = 1000
 
 def write_html(
     findings: Findings,
-    rows_source: Source | None,
+    rows_source: RowsGiven | None,
     path: str | Path,
     show_text: bool = False,
     *,
@@ -231,3 +231,10 @@ def _block(data: dict[str, Any]) -> Markup:
 
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _replace(path: Path, text: str) -> None:
+    final = path.resolve()
+    if final.exists() and not final.is_file():
+        raise OptionError(f"{path} is no regular file, so it cannot be replaced by the report; give another name")
+    write_file(final, text.encode())

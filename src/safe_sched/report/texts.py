@@ -23,11 +23,11 @@ BUDGET = 20_000_000
 
 _ROLES = {"system", "user", "assistant", "tool", "text"}
 
-Source = str | Path | Iterable[Any]
+RowsGiven = str | Path | Iterable[Any]
 Part = dict[str, Any]
 
 
-def parts_of(source: Source, wanted: Mapping[int, str], show_text: bool) -> dict[int, list[Part] | None]:
+def parts_of(source: RowsGiven, wanted: Mapping[int, str], show_text: bool) -> dict[int, list[Part] | None]:
     """The texts of some rows, or how long they are.
 
     Args:

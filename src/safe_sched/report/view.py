@@ -200,10 +200,7 @@ def _apart(reason: str) -> list[str]:
 
 def groups(view: View) -> list[GroupView]:
     """The groups, those with most harmful rows to expect first, then the larger ones."""
-    return _gathered(view, *buckets(view))
-
-
-def _gathered(view: View, code: np.ndarray, names: list[str]) -> list[GroupView]:
+    code, names = buckets(view)
     inside = np.flatnonzero(code >= 0)
     if not len(inside):
         return []
@@ -236,11 +233,10 @@ def correlations(view: View) -> list[list[float | None]]:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0, the mean rank where values are equal; nan is less than any value."""
-    _, which, count = np.unique(
-        np.nan_to_num(values, nan=-np.inf, posinf=np.inf, neginf=_LEAST), return_inverse=True, return_counts=True
-    )
-    return (np.cumsum(count) - (count + 1) / 2)[which]
+    """Ranks from 1, the mean rank where values are equal; nan is less than any value."""
+    from scipy.stats import rankdata
+
+    return rankdata(np.nan_to_num(values, nan=-np.inf, posinf=np.inf, neginf=_LEAST))
 
 
 def separation(view: View, name: str) -> float | None:
@@ -255,4 +251,4 @@ def separation(view: View, name: str) -> float | None:
     if not ones or not others:
         return None
     ranks = _ranks(view.signals[name][there])
-    return float((ranks[flagged].sum() - ones * (ones - 1) / 2) / (ones * others))
+    return float((ranks[flagged].sum() - ones * (ones + 1) / 2) / (ones * others))

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from safe_sched.audit.calibration.contrast import Contrast
-from safe_sched.audit.calibration.mixture import Mixture, fit_mixture
+from safe_sched.audit.calibration.mixture import TwoGroupMixture, fit_mixture
 from safe_sched.errors import DataError
 
 GRID = 400
@@ -70,7 +70,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class FileCalibration:
     """How scores become probabilities.
 
     Attributes:
@@ -126,7 +126,7 @@ def calibrate(
     absolute: Iterable[str] = (),
     labels: np.ndarray | None = None,
     seed: int = 0,
-) -> Calibration:
+) -> FileCalibration:
     """Fit to the harm signals of a file.
 
     Args:
@@ -179,13 +179,13 @@ def calibrate(
     if labels is not None and labelled:
         curve, curves = _isotonic(score[known_rows], labels[known_rows], grid, rng)
         about = f"isotonic regression on {np.count_nonzero(known_rows)} labelled rows"
-        return Calibration(scales, named, grid, curve, curves, about)
+        return FileCalibration(scales, named, grid, curve, curves, about)
     curves = np.empty((BOOTSTRAPS, GRID))
     for number in range(BOOTSTRAPS):
         drawn = rng.multinomial(int(counts.sum()), counts / counts.sum()).astype(float) if counts.sum() else counts
-        moved = [_elsewhere(end, rng) for end in ends]
+        moved = [moved_rows(end, rng) for end in ends]
         curves[number] = fit_mixture(grid, drawn, *moved, start=mixture).chance()
-    return Calibration(scales, named, grid, mixture.chance(), curves, mixture.about() + told, contrast)
+    return FileCalibration(scales, named, grid, mixture.chance(), curves, mixture.about() + told, contrast)
 
 
 def _told(apart: Iterable[str], used: Iterable[str]) -> str:
@@ -195,7 +195,7 @@ def _told(apart: Iterable[str], used: Iterable[str]) -> str:
     return with_them + (f"; without {' and '.join(left)}: known rows are not told apart by it" if left else "")
 
 
-def _elsewhere(known: np.ndarray | None, rng: np.random.Generator) -> np.ndarray | None:
+def moved_rows(known: np.ndarray | None, rng: np.random.Generator) -> np.ndarray | None:
     """Known rows as they might as well be."""
     return None if known is None else rng.choice(known, known.size) + _SHIFT * known.std() * rng.normal()
 
@@ -222,7 +222,7 @@ def _worth(z: np.ndarray, chance: np.ndarray, anchors: Mapping[int, np.ndarray])
 
 def _mixture(
     score: np.ndarray, weights: np.ndarray, harmful: Mapping[int, np.ndarray], harmless: Mapping[int, np.ndarray]
-) -> tuple[Mixture, np.ndarray, np.ndarray, tuple[np.ndarray | None, np.ndarray | None]]:
+) -> tuple[TwoGroupMixture, np.ndarray, np.ndarray, tuple[np.ndarray | None, np.ndarray | None]]:
     """The mixture on a grid, and where known rows stand on it, harmful and harmless ones."""
     known = _known(weights, harmful), _known(weights, harmless)
     ends = np.concatenate([score, *(one for one in known if one is not None)])

@@ -38,7 +38,7 @@ _GAIN = 10.0  # in BIC, that a harmful component must bring
 
 
 @dataclass(frozen=True)
-class Mixture:
+class TwoGroupMixture:
     """Normal densities on a grid; the last one is that of the harmful rows, where ``harmful``.
 
     Attributes:
@@ -69,10 +69,9 @@ class Mixture:
         """float64 (places,), the probability of being harmful at each place of the grid; never falling."""
         if not self.harmful:
             return np.zeros_like(self.grid)
-        logs = _logs(self.grid, self.shares, self.means, self.widths)
-        top = logs.max(axis=0)
-        parts = np.exp(logs - top)
-        chance = parts[-1] / parts.sum(axis=0)
+        from scipy.special import softmax
+
+        chance = softmax(_logs(self.grid, self.shares, self.means, self.widths), axis=0)[-1]
         # normal densities of unlike widths cross twice: below the harmless rows' centre nothing is harmful, and above
         # the crossing nothing gets less so
         chance[self.grid <= self.means[0]] = 0.0
@@ -98,8 +97,8 @@ def fit_mixture(
     known: np.ndarray | None,
     harmless: np.ndarray | None = None,
     *,
-    start: Mixture | None = None,
-) -> Mixture:
+    start: TwoGroupMixture | None = None,
+) -> TwoGroupMixture:
     """Explain counts by harmless and harmful rows.
 
     Args:
@@ -152,16 +151,16 @@ def _anchors(known: np.ndarray | None, harmless: np.ndarray | None) -> tuple[_An
     return tuple(found[-1:] if len(found) == 2 and found[0].mean >= found[1].mean else found)
 
 
-def _nothing(grid: np.ndarray) -> Mixture:
+def _nothing(grid: np.ndarray) -> TwoGroupMixture:
     one = np.ones(1)
-    return Mixture(grid, one, np.zeros(1), one, False, 0.0, 0)
+    return TwoGroupMixture(grid, one, np.zeros(1), one, False, 0.0, 0)
 
 
-def _bic(fit: Mixture, total: float) -> float:
+def _bic(fit: TwoGroupMixture, total: float) -> float:
     return (3 * len(fit.means) - 1) * np.log(total) - 2 * fit.log_likelihood
 
 
-def _apart(fit: Mixture) -> bool:
+def _apart(fit: TwoGroupMixture) -> bool:
     """Whether the harmful component is above the others, the smaller part, and parted from them by a valley."""
     nearest = int(np.argmax(fit.means[:-1]))
     gap = fit.means[-1] - fit.means[nearest]
@@ -174,7 +173,7 @@ def _apart(fit: Mixture) -> bool:
 
 def _started(
     grid: np.ndarray, counts: np.ndarray, ordinary: int, anchors: Sequence[_Anchor], harmful: bool = True
-) -> Mixture | None:
+) -> TwoGroupMixture | None:
     """Ordinary components at quantiles of the file; the others at the known rows, or at the top."""
     total = counts.sum()
     running = np.cumsum(counts) / total
@@ -216,7 +215,7 @@ def _em(
     widths: np.ndarray,
     anchors: Sequence[_Anchor],
     harmful: bool = True,
-) -> Mixture:
+) -> TwoGroupMixture:
     """Expectation maximisation; the last components have known rows as a prior."""
     total, least = counts.sum(), _least(grid)
     there = counts > 0
@@ -233,14 +232,12 @@ def _em(
     before = -np.inf
     for _ in range(_STEPS):
         logs = _logs(places, shares, means, widths)
-        most = logs.max(axis=0)
-        parts = np.exp(logs - most)
-        sums = parts.sum(axis=0)
-        likelihood = float(rows @ (np.log(sums) + most))
+        sums = np.logaddexp.reduce(logs, axis=0)
+        likelihood = float(rows @ sums)
         if likelihood - before < _CLOSE * total and np.isfinite(before):
             break
         before = likelihood
-        resp = parts / sums * rows
+        resp = np.exp(logs - sums) * rows
         mass = resp.sum(axis=1) + 1e-9
         means = resp @ places / mass
         means[:free] = np.minimum(means[:free], ceiling)
@@ -261,4 +258,4 @@ def _em(
         widths[:free] = np.minimum(widths[:free], narrow)
         shares = mass / mass.sum()
     order = np.append(np.argsort(means[:free], kind="stable"), np.arange(free, len(means)))
-    return Mixture(grid, shares[order], means[order], widths[order], harmful, before, len(anchors))
+    return TwoGroupMixture(grid, shares[order], means[order], widths[order], harmful, before, len(anchors))

@@ -1,4 +1,4 @@
-"""Signals that need no model, one a file. This package imports scikit-learn: it is loaded by an audit only."""
+"""Signals that need no model. This package imports scikit-learn: it is loaded by an audit only."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 
 from safe_sched.audit.detectors.duplicates import Duplicates
 from safe_sched.audit.detectors.hidden import Hidden
-from safe_sched.audit.detectors.identity import Identity
 from safe_sched.audit.detectors.layout import LayoutOutliers
-from safe_sched.audit.detectors.openings import Compliance, Refusal
+from safe_sched.audit.detectors.phrases import Compliance, Identity, Refusal, Wrapper
 from safe_sched.audit.detectors.text import TextScorer
-from safe_sched.audit.detectors.wrappers import Wrapper
 from safe_sched.audit.signals import Detector
 
 __all__ = [

@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from safe_sched.audit.detectors.ngrams import words_of
-from safe_sched.audit.detectors.patterns import nothing
+from safe_sched.audit.detectors.rowwise import nothing
 from safe_sched.audit.detectors.sample import digest
 from safe_sched.audit.rows import AuditRow
 from safe_sched.audit.signals import Evidence, Sort
@@ -52,7 +52,6 @@ class Duplicates:
     name: ClassVar[str] = "duplicate"
     about: ClassVar[str] = "Overlap with another row; 1 is the same text"
     kind: ClassVar[Sort] = "quality"
-    travels: ClassVar[bool] = True
 
     def __init__(self, rows: int = ROWS) -> None:
         self._most = rows

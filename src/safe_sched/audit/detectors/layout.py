@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from safe_sched.audit.detectors.patterns import nothing
-from safe_sched.audit.detectors.sample import digest
+from safe_sched.audit.detectors.rowwise import nothing
+from safe_sched.audit.detectors.sample import Sample
 from safe_sched.audit.rows import AuditRow
 from safe_sched.audit.signals import Evidence, Sort
 from safe_sched.data.schemas import Example
@@ -24,7 +24,7 @@ RARE = 0.02
 _LONGEST = 8000  # characters of a row that is learnt from or looked at
 _PARTS = 20
 
-Layout = tuple[object, ...]
+RowLayout = tuple[object, ...]
 
 
 class LayoutOutliers:
@@ -47,29 +47,23 @@ class LayoutOutliers:
     name: ClassVar[str] = "layout"
     about: ClassVar[str] = "How rare the row's layout is in the file: 2 is one in a hundred"
     kind: ClassVar[Sort] = "quality"
-    travels: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self._kept: dict[int, AuditRow] = {}
-        self._most = 1 << 64
+        self._sample = Sample[AuditRow](SAMPLE)
         self._templates: dict[tuple[str, str], list[Template]] = {}  # by schema and place
-        self._shares: dict[Layout, float] = {}
+        self._shares: dict[RowLayout, float] = {}
         self._seen = 0
 
     def observe(self, rows: Sequence[AuditRow]) -> None:
         """Keep a sample of the rows."""
         for row in rows:
-            key = digest(f"{row.prompt[:500]}\0{row.answer[:200]}")
-            if key < self._most and _size(row) <= _LONGEST and len(row.example.parts) <= _PARTS:
-                self._kept[key] = row
-                if len(self._kept) >= 2 * SAMPLE:
-                    self._cut()
+            if _size(row) <= _LONGEST and len(row.example.parts) <= _PARTS:
+                self._sample.add(f"{row.prompt[:500]}\0{row.answer[:200]}", row)
 
     def ready(self) -> None:
         """Learn the templates of every place, and count the layouts."""
-        self._cut()
-        kept = [self._kept[key] for key in sorted(self._kept)]
-        self._kept = {}
+        kept = self._sample.items()
+        self._sample = Sample(SAMPLE)
         self._seen = len(kept)
         texts: dict[tuple[str, str], list[str]] = {}
         for row in kept:
@@ -97,7 +91,7 @@ class LayoutOutliers:
         """How much is learnt from, and what is rare."""
         return {"sample": SAMPLE, "rare": RARE, "version": 1}
 
-    def _layout(self, row: AuditRow) -> Layout:
+    def _layout(self, row: AuditRow) -> RowLayout:
         example = row.example
         roles = tuple(part.role for part in example.parts[:_PARTS])
         if _size(row) > _LONGEST:
@@ -107,12 +101,6 @@ class LayoutOutliers:
     def _template(self, schema: str, place: str, text: str) -> tuple[str, int]:
         templates = self._templates.get((schema, place))
         return place, -1 if templates is None else assign(templates, text)
-
-    def _cut(self) -> None:
-        if len(self._kept) > SAMPLE:
-            keys = sorted(self._kept)[:SAMPLE]
-            self._kept = {key: self._kept[key] for key in keys}
-            self._most = keys[-1]
 
 
 def _prompt(example: Example) -> list[tuple[str, str]]:

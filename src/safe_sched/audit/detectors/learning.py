@@ -34,6 +34,7 @@ _FIRST_TEXT = 0.5  # words count less than the lexicon there: few texts, or harm
 _SHARE = (0.005, 0.3)  # of harmful rows, and of those that sound like them, at least and at most, while learning
 _LEAST = 0.1  # q below which a row is no positive
 _STEEPEST = 4.0
+_RIDGE = 1e-3  # that holds the slope of a logistic curve near 1
 _LOW = 0.02  # of the file, that stands below a row without words
 
 
@@ -196,6 +197,8 @@ def explain(known: np.ndarray, values: np.ndarray, before: Explained | None) -> 
         values: float64 (2, rows), what both say of the file; the second in log-odds.
         before: Of the round before; None: there was none, and the lower half of the file says what is ordinary.
     """
+    from scipy.special import softmax
+
     one, other = values
     if one.size == 0:
         return Explained(one, one, 0.0)
@@ -210,30 +213,30 @@ def explain(known: np.ndarray, values: np.ndarray, before: Explained | None) -> 
     odds = np.stack([np.zeros(one.size), logit, logit - other])  # ordinary, harmful, sounds so: against ordinary
     shares, parts = np.array([0.9, 0.05, 0.05]), odds
     for _ in range(50):
-        parts = np.log(shares)[:, None] + odds
-        parts = np.exp(parts - parts.max(axis=0))
-        parts /= parts.sum(axis=0)
+        parts = softmax(np.log(shares)[:, None] + odds, axis=0)
         shares[1:] = np.clip(parts[1:].mean(axis=1), *_SHARE)
         shares[0] = 1 - shares[1:].sum()
     return Explained(parts[1], parts[0], float(shares[2] / (shares[0] + shares[2])), slope, offset)
 
 
 def _platt(positive: np.ndarray, negative: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
-    """Slope and offset of a logistic curve between two kinds of values that weigh the same: Newton's steps."""
+    """Slope and offset of a logistic curve between two kinds of values that weigh the same; slopes are held near 1.
+
+    scikit-learn's own, `CalibratedClassifierCV`, takes no such prior: where the two kinds do not overlap it decides.
+    """
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
     x = np.concatenate([positive, negative])
     y = np.concatenate([np.ones(positive.size), np.zeros(negative.size)])
     w = np.concatenate([np.full(positive.size, 1 / positive.size), weight / weight.sum()]) / 2
-    slope, offset = 1.0, 0.0
-    for _ in range(25):
-        p = _sigmoid(slope * x + offset)
-        g, h = w * (p - y), np.maximum(w * p * (1 - p), 1e-9)
-        gradient = np.array([(g * x).sum() + 1e-3 * (slope - 1), g.sum()])
-        cross = (h * x).sum()
-        hessian = np.array([[(h * x * x).sum() + 1e-3, cross], [cross, h.sum() + 1e-6]])
-        step = np.clip(np.linalg.solve(hessian, gradient), -2, 2)
-        slope, offset = slope - step[0], offset - step[1]
+
+    def loss(curve: np.ndarray) -> tuple[float, np.ndarray]:
+        slope, offset = curve
+        logit = slope * x + offset
+        off = w * (expit(logit) - y)
+        value = w @ (np.logaddexp(0, logit) - y * logit) + _RIDGE / 2 * (slope - 1) ** 2
+        return value, np.array([off @ x + _RIDGE * (slope - 1), off.sum()])
+
+    slope, offset = minimize(loss, (1.0, 0.0), jac=True, method="BFGS", options={"gtol": 1e-9}).x
     return max(float(slope), 0.1), float(offset)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(x, -30, 30)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -98,11 +98,8 @@ class Grams:
         self._words = _Words()
         self._last = np.zeros(GRAMS, np.int32)  # see `_distinct`
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # quick to send to other processes
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()
+    def __reduce__(self) -> tuple[type[Grams], tuple[()]]:
+        return Grams, ()  # only caches are lost; an array that Ray has sent could not be written
 
     def indices(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Hashed places of a text, int64, each once; and float64 (AREAS,)."""

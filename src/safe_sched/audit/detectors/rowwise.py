@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from safe_sched.audit.detectors.patterns import nothing
+import numpy as np
+
 from safe_sched.audit.rows import AuditRow
 from safe_sched.audit.signals import Evidence, Sort
+
+
+def nothing(rows: int) -> tuple[np.ndarray, list[str | None]]:
+    """Values and reasons of rows of which nothing is said yet."""
+    return np.full(rows, np.nan, np.float32), [None] * rows
 
 
 class Rowwise:
     """A detector in all but its name and `look`."""
 
     kind: ClassVar[Sort] = "quality"
-    travels: ClassVar[bool] = True
 
     def look(self, row: AuditRow) -> tuple[float, str] | None:
         """The value of a row and the reason in words; None where there is nothing to say."""

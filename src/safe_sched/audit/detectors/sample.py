@@ -1,8 +1,11 @@
-"""A sample of texts that does not depend on their order: those with the smallest hashes."""
+"""A sample that does not depend on the order of what is offered: items whose keys have the smallest hashes."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
 def digest(text: str) -> int:
@@ -15,8 +18,8 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-class Sample:
-    """At most so many distinct texts; every distinct text has the same chance to be in it.
+class Sample(Generic[T]):
+    """At most so many items with distinct keys; every key has the same chance to be in it.
 
     Args:
         size: How many, >= 1.
@@ -24,33 +27,33 @@ class Sample:
     Example:
         >>> one, other = Sample(2), Sample(2)
         >>> for text in "abcda":
-        ...     one.add(text)
+        ...     one.add(text, text)
         >>> for text in "dcba":
-        ...     other.add(text)
-        >>> one.texts() == other.texts(), len(one.texts())
+        ...     other.add(text, text)
+        >>> one.items() == other.items(), len(one.items())
         (True, 2)
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._kept: dict[int, str] = {}
+        self._kept: dict[int, T] = {}
         self._most = 1 << 64
 
-    def add(self, text: str) -> None:
-        """Offer a text."""
-        key = digest(text)
-        if key < self._most:
-            self._kept[key] = text
+    def add(self, key: str, item: T) -> None:
+        """Offer an item."""
+        number = digest(key)
+        if number < self._most:
+            self._kept[number] = item
             if len(self._kept) >= 2 * self.size:
                 self._cut()
 
-    def texts(self) -> list[str]:
+    def items(self) -> list[T]:
         """The sample, in the order of the hashes."""
         self._cut()
-        return [self._kept[key] for key in sorted(self._kept)]
+        return [self._kept[number] for number in sorted(self._kept)]
 
     def _cut(self) -> None:
         if len(self._kept) > self.size:
-            keys = sorted(self._kept)[: self.size]
-            self._kept = {key: self._kept[key] for key in keys}
-            self._most = keys[-1]
+            numbers = sorted(self._kept)[: self.size]
+            self._kept = {number: self._kept[number] for number in numbers}
+            self._most = numbers[-1]

@@ -75,7 +75,6 @@ class TextScorer:
     name: ClassVar[str] = "text"
     about: ClassVar[str] = "Log-odds that the prompt asks for what the safety set refuses: a text classifier"
     kind: ClassVar[Sort] = "harm"
-    travels: ClassVar[bool] = True
 
     def __init__(self, safety_rows: Iterable[Mapping[str, Any]] = ()) -> None:
         own = [str(row["prompt"]) for row in core_rows()]
@@ -83,7 +82,7 @@ class TextScorer:
         self._positives = [*own, *given]
         self._own = len(own)
         self._grams = Grams()
-        self._sample = Sample(SAMPLE)
+        self._sample = Sample[str](SAMPLE)
         self._learnt: Learnt | None = None
         self._high = np.inf
 
@@ -91,11 +90,12 @@ class TextScorer:
         """Keep a sample of the prompts."""
         for row in rows:
             if asked := _asked(row):
-                self._sample.add(asked[:_CHARACTERS])
+                some = asked[:_CHARACTERS]
+                self._sample.add(some, some)
 
     def ready(self) -> None:
         """Learn."""
-        self._learnt = learn(self._grams, self._positives, self._own, benign_prompts(), self._sample.texts())
+        self._learnt = learn(self._grams, self._positives, self._own, benign_prompts(), self._sample.items())
         self._high = float(np.quantile(self._learnt.known, 0.1))
 
     def score(self, rows: Sequence[AuditRow]) -> Evidence:

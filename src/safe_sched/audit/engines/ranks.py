@@ -1,8 +1,8 @@
 """Scoring in all processes that a launcher has started: ``accelerate launch``, ``torchrun``.
 
-The first process reads, fits, writes and prints, as without a launcher. Of every shard it hands each process a share,
-which that process scores with its own copy of the fitted detectors, on its own device. All of them are done with a
-shard before the next is given out; shares are every n-th row, so they take about as long.
+The first process reads, fits, writes and prints, as without a launcher. It sends every shard to all processes, and each
+scores a share of it with its own copy of the fitted detectors, on its own device. All of them are done with a shard
+before the next is sent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from safe_sched.audit.engines.shard import Shard, light, score_shard
+from safe_sched.audit.engines.shard import Shard, cannot_be_sent, score_shard, to_send
 from safe_sched.audit.signals import Detector
 from safe_sched.errors import OptionError, PluginError, SafeSchedError
 
@@ -43,7 +43,7 @@ def ranks() -> Iterator[RankEngine | None]:
     """The processes of a launcher as one engine.
 
     Yields:
-        In the first process the engine. In the others None, when they have done all that the first one gave them.
+        In the first process the engine. In the others None, after the first one has stopped them.
 
     Raises:
         OptionError: There is no launcher, or its processes do not find one another.
@@ -59,7 +59,7 @@ def ranks() -> Iterator[RankEngine | None]:
     with _group() as group:
         engine = RankEngine(group)
         if engine.rank:
-            _serve(engine)
+            engine.serve()
             yield None
             return
         try:
@@ -96,8 +96,11 @@ def _group() -> Iterator[Any]:
 class RankEngine:
     """Scores shards in all processes of a group; see `ranks`, which makes it.
 
+    The first process broadcasts one message after the other: the fitted detectors, shards, and at the end None. To a
+    shard every process answers with the scores of its share, every ``size``-th row.
+
     Args:
-        group: Of processes that can send objects, as gloo can.
+        group: Processes that can send objects, as gloo can.
     """
 
     def __init__(self, group: Any) -> None:
@@ -108,49 +111,53 @@ class RankEngine:
         """Every shard with its scores, in order.
 
         Raises:
-            PluginError: Another process is gone or has failed, or a detector cannot be sent to it.
+            PluginError: Another process is gone or has failed, or a detector or a row cannot be sent to it.
             SafeSchedError: Whatever a detector raises.
         """
-        self.told(list(detectors))
+        self._message(list(detectors))
         for shard in shards:
-            self.told(shard.number)
-            sent = light(shard)
-            shares = [_share(sent, rank, self.size) for rank in range(self.size)]
-            found = self.gathered(_scored(detectors, self.handed(shares)))
-            yield shard, _joined([_table(rank, one) for rank, one in enumerate(found)])
+            found = self._answers(self._scored(detectors, self._message(to_send(shard))))
+            yield shard, joined([_table(rank, one) for rank, one in enumerate(found)])
+
+    def serve(self) -> None:
+        """Answer the first process, until it sends None."""
+        detectors: list[Detector] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the first process gives the same warnings
+            while (message := self._message(None)) is not None:
+                if isinstance(message, Shard):
+                    self._answers(self._scored(detectors, message))
+                else:
+                    detectors = message
 
     def stop(self) -> None:
         """Let the other processes go."""
         if not self._lost:
             with contextlib.suppress(SafeSchedError):
-                self.told(None)
+                self._message(None)
 
-    # between the processes, each at the same point -----------------------------------------------------------------
-
-    def told(self, word: Any) -> Any:
-        """What the first process has to say: detectors to score with, the number of a shard, or None, to stop."""
-        words = [word]
+    def _message(self, message: Any) -> Any:
+        """The message of the first process, in all of them."""
+        messages = [message]
         with self._in_touch():
-            dist.broadcast_object_list(words, group_src=0, group=self._group)
-        return words[0]
+            dist.broadcast_object_list(messages, group_src=0, group=self._group)
+        return messages[0]
 
-    def handed(self, shares: list[Shard] | None) -> Shard:
-        """This process's own share, of those that the first one gives."""
-        mine: list[Any] = [None]
+    def _answers(self, answer: Any) -> list[Any]:
+        """The answers of all processes, in the first one; none in the others."""
+        answers: list[Any] | None = None if self.rank else [None] * self.size
         with self._in_touch():
-            try:
-                dist.scatter_object_list(mine, shares, group_src=0, group=self._group)
-            except Exception:  # a row that cannot be pickled: the others wait for it, and would take a stop for it
-                self._lost = True
-                raise
-        return mine[0]
+            dist.gather_object(answer, answers, group_dst=0, group=self._group)
+        return answers or []
 
-    def gathered(self, found: Any) -> list[Any]:
-        """What every process has found, in the first one; none in the others."""
-        everything: list[Any] | None = None if self.rank else [None] * self.size
-        with self._in_touch():
-            dist.gather_object(found, everything, group_dst=0, group=self._group)
-        return everything or []
+    def _scored(self, detectors: Sequence[Detector], shard: Shard) -> pa.Table | SafeSchedError | str:
+        """The scores of this process's share, or what went wrong."""
+        try:
+            return score_shard(detectors, share_of(shard, self.rank, self.size))
+        except SafeSchedError as error:
+            return error
+        except Exception:  # it is raised in the first process, where all the others have been heard
+            return traceback.format_exc()
 
     @contextlib.contextmanager
     def _in_touch(self) -> Iterator[None]:
@@ -164,37 +171,23 @@ class RankEngine:
                 "machine; what is scored is kept, go on with --resume"
             ) from error
         except Exception as error:  # whatever a foreign object raises while it is pickled
-            raise PluginError(
-                f"a detector or a row cannot be sent to other processes: {type(error).__name__}: {error}. Audit "
-                "without a launcher, leave the detector's plug-in out, or give rows of plain values"
-            ) from error
+            raise cannot_be_sent(error) from error
 
 
-def _serve(engine: RankEngine) -> None:
-    """Score what the first process hands out, until it says stop."""
-    detectors: list[Detector] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the first process says the same
-        while (word := engine.told(None)) is not None:
-            if isinstance(word, list):
-                detectors = word
-            else:
-                engine.gathered(_scored(detectors, engine.handed(None)))
-
-
-def _scored(detectors: Sequence[Detector], share: Shard) -> pa.Table | SafeSchedError | str:
-    """The scores of a share, or what went wrong."""
-    try:
-        return score_shard(detectors, share)
-    except SafeSchedError as error:
-        return error
-    except Exception:  # it is raised in the first process, where all the others have been heard
-        return traceback.format_exc()
-
-
-def _share(shard: Shard, rank: int, size: int) -> Shard:
+def share_of(shard: Shard, rank: int, size: int) -> Shard:
     """Every size-th row of a shard."""
     return Shard(shard.number, shard.entries[rank::size], shard.labels[rank::size])
+
+
+def joined(shares: Sequence[pa.Table]) -> pa.Table:
+    """The rows of all shares in the order of the shard.
+
+    Example:
+        >>> joined([pa.table({"row": [0, 2, 4]}), pa.table({"row": [1, 3]})])["row"].to_pylist()
+        [0, 1, 2, 3, 4]
+    """
+    places = np.concatenate([np.arange(table.num_rows) * len(shares) + i for i, table in enumerate(shares)])
+    return pa.concat_tables(shares).take(pa.array(places.argsort()))
 
 
 def _table(rank: int, found: pa.Table | SafeSchedError | str) -> pa.Table:
@@ -203,14 +196,3 @@ def _table(rank: int, found: pa.Table | SafeSchedError | str) -> pa.Table:
     if isinstance(found, str):
         raise PluginError(f"process {rank} of the launcher has failed; what is scored is kept. It says:\n{found}")
     return found
-
-
-def _joined(shares: Sequence[pa.Table]) -> pa.Table:
-    """The rows of all shares in the order of the shard.
-
-    Example:
-        >>> _joined([pa.table({"row": [0, 2, 4]}), pa.table({"row": [1, 3]})])["row"].to_pylist()
-        [0, 1, 2, 3, 4]
-    """
-    places = np.concatenate([np.arange(table.num_rows) * len(shares) + i for i, table in enumerate(shares)])
-    return pa.concat_tables(shares).take(pa.array(places.argsort()))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from safe_sched.audit.engines.shard import Shard, light, score_shard
+from safe_sched.audit.engines.shard import Shard, cannot_be_sent, score_shard, to_send
 from safe_sched.audit.signals import Detector
 from safe_sched.errors import OptionError, PluginError
 
@@ -68,28 +68,23 @@ class RayEngine:
         try:
             fitted = ray.put(list(detectors))
         except Exception as error:  # whatever a foreign object raises while it is pickled
-            raise PluginError(
-                f"a detector cannot be sent to other processes: {type(error).__name__}: {error}. Audit without "
-                "engine='ray', or leave its plug-in out"
-            ) from error
+            raise cannot_be_sent(error) from error
         remote = ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=RETRIES, max_task_retries=RETRIES)(_Worker)
         workers = [remote.remote(fitted) for _ in range(self._workers or self._as_many_as_fit())]
         free = workers * AHEAD  # a worker stands in it once for every shard that it can take
         waiting: dict[Any, tuple[Shard, Any]] = {}
-        rows, more = iter(shards), True
+        rows = iter(shards)
         try:
-            while more or waiting:
-                while more and free:
-                    if (shard := next(rows, None)) is None:
-                        more = False
-                        break
+            while True:
+                while free and (shard := next(rows, None)) is not None:
                     worker = free.pop()
-                    waiting[worker.score.remote(light(shard))] = (shard, worker)
-                if waiting:
-                    (done, *_), _ = ray.wait(list(waiting), num_returns=1)
-                    shard, worker = waiting.pop(done)
-                    free.insert(0, worker)
-                    yield shard, self._get(done)
+                    waiting[worker.score.remote(to_send(shard))] = (shard, worker)
+                if not waiting:
+                    return
+                (done, *_), _ = ray.wait(list(waiting), num_returns=1)
+                shard, worker = waiting.pop(done)
+                free.insert(0, worker)
+                yield shard, self._get(done)
         finally:
             for worker in workers:
                 ray.kill(worker)

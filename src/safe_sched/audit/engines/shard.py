@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -14,17 +13,8 @@ import pyarrow as pa
 from safe_sched.audit.findings import COLUMNS
 from safe_sched.audit.inputs import Entry
 from safe_sched.audit.rows import AuditRow
-from safe_sched.audit.signals import Detector, travels
+from safe_sched.audit.signals import Detector
 from safe_sched.errors import OptionError, PluginError
-
-if TYPE_CHECKING:
-    from safe_sched.audit.engines.workers import Workers
-
-MANY = 15_000
-"""Rows from which on several processes are quicker than one."""
-
-MOST = 4
-"""Processes that score where nobody says how many: the one that reads keeps no more of them busy."""
 
 REASON, GROUP = "reason", "group"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
@@ -45,19 +35,8 @@ class Shard:
     labels: np.ndarray
 
 
-def light(shard: Shard) -> Shard:
-    """A shard without the tokenizer that its rows were read with, which may be large, and has done its work."""
-    if not any(isinstance(one, AuditRow) and one.example.tokenizer is not None for one in shard.entries):
-        return shard
-    entries = [
-        replace(one, example=replace(one.example, tokenizer=None)) if isinstance(one, AuditRow) else one
-        for one in shard.entries
-    ]
-    return Shard(shard.number, entries, shard.labels)
-
-
 class Engine(Protocol):
-    """What runs `score_shard` over many shards, here or elsewhere."""
+    """Runs `score_shard` over many shards, in this process or in others."""
 
     def run(self, detectors: Sequence[Detector], shards: Iterable[Shard]) -> Iterator[tuple[Shard, pa.Table]]:
         """Every shard with its scores, in any order; no more shards are taken than are worked on."""
@@ -65,103 +44,28 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """On this machine: in this process, or in several.
-
-    Detectors that say ``travels = True`` are copied into each process. Others, which may hold a model or a device, stay
-    in this one. The numbers are the same, however many processes there are.
-
-    Args:
-        processes: That score, >= 1. None: one per core, `MOST` at most, where there are `MANY` rows, so that starting
-            them pays; else this one alone.
-
-    Raises:
-        OptionError: ``processes`` is out of range.
-    """
-
-    def __init__(self, processes: int | None = 1) -> None:
-        if processes is not None and processes < 1:
-            raise OptionError(f"processes={processes}; allowed: a whole number >= 1, or None")
-        self._processes = processes
-        self._workers: Workers | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def prepare(self, detectors: Sequence[Detector], rows: int) -> None:
-        """Start the processes as soon as that pays, so that they are there when the detectors are fitted.
-
-        Args:
-            detectors: That are going to score.
-            rows: As many have been read so far.
-        """
-        if self._workers is not None or not any(travels(one) for one in detectors):
-            return
-        count = self._processes or (min(_cores(), MOST) if rows >= MANY else 1)
-        if count > 1:
-            from safe_sched.audit.engines.workers import Workers
-
-            self._workers = Workers(count)
+    """Scores shards in this process, one after the other."""
 
     def run(self, detectors: Sequence[Detector], shards: Iterable[Shard]) -> Iterator[tuple[Shard, pa.Table]]:
-        """See `Engine.run`.
-
-        Raises:
-            PluginError: A process is gone, or a detector cannot be sent to it.
-        """
-        self.prepare(detectors, 0)
-        try:
-            if self._workers is None:
-                yield from ((shard, score_shard(detectors, shard)) for shard in shards)
-            else:
-                yield from self._run(self._workers, detectors, shards)
-        finally:
-            self.close()
-
-    def _run(
-        self, workers: Workers, detectors: Sequence[Detector], shards: Iterable[Shard]
-    ) -> Iterator[tuple[Shard, pa.Table]]:
-        stay = [one for one in detectors if not travels(one)]
-        workers.equip([one for one in detectors if travels(one)])
-        here: dict[int, pa.Table] = {}
-
-        def taken() -> tuple[Shard, pa.Table]:
-            shard, scores = workers.take()
-            return shard, _joined(detectors, scores, here.pop(shard.number))
-
-        under_way = 0
-        for shard in shards:
-            workers.give(shard)
-            here[shard.number] = score_shard(stay, shard)
-            under_way += 1
-            if under_way == workers.count * workers.ahead:
-                yield taken()
-                under_way -= 1
-        for _ in range(under_way):
-            yield taken()
-
-    def close(self) -> None:
-        """Stop the processes, if there are any."""
-        if self._workers is not None:
-            self._workers.close()
-            self._workers = None
+        """See `Engine.run`."""
+        return ((shard, score_shard(detectors, shard)) for shard in shards)
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+def to_send(shard: Shard) -> Shard:
+    """A shard without the tokenizer that its rows were read with: it may be large, and is not needed for scoring."""
+    entries = [
+        replace(one, example=replace(one.example, tokenizer=None)) if isinstance(one, AuditRow) else one
+        for one in shard.entries
+    ]
+    return replace(shard, entries=entries)
 
 
-def _joined(detectors: Sequence[Detector], *parts: pa.Table) -> pa.Table:
-    """The columns of one shard that were made in several places, as `score_shard` orders them."""
-    columns = {name: part.column(name) for part in parts for name in part.column_names}
-    own = {f"{one.name}{what}" for one in detectors for what in ("", f":{REASON}", f":{GROUP}")}
-    first = [name for name in columns if name not in own]
-    names = [f"{one.name}{what}" for one in detectors for what in ("", f":{REASON}", f":{GROUP}")]
-    return pa.table({name: columns[name] for name in [*first, *names]})
+def cannot_be_sent(error: Exception) -> PluginError:
+    """The error of an engine that could not pickle a detector or a row for other processes."""
+    return PluginError(
+        f"a detector or a row cannot be sent to other processes: {type(error).__name__}: {error}. Audit in one "
+        "process, leave the detector's plug-in out, or give rows of plain values"
+    )
 
 
 def require_names(detectors: Sequence[Detector]) -> None:
@@ -185,7 +89,7 @@ def require_names(detectors: Sequence[Detector]) -> None:
 
 
 def score_shard(detectors: Sequence[Detector], shard: Shard) -> pa.Table:
-    """What every detector says of the rows of a shard.
+    """The scores of every detector for the rows of a shard.
 
     Args:
         detectors: Fitted to the whole input.
