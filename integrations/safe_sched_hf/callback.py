@@ -13,7 +13,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-import safe_sched
 from safe_sched.data.rows import CORE
 from safe_sched.errors import DataError, OptionError, unknown_name
 from safe_sched.estimators.head import Scorer
@@ -22,8 +21,9 @@ from safe_sched.schedulers import build
 from safe_sched.training.checkpoint import STATE_FILE
 from safe_sched.training.loop import Company, Part, Run, measurements_for, part_of
 from safe_sched.training.ranks import Exchange
-from safe_sched.training.record import RunRecord, versions
+from safe_sched.training.record import RunRecord
 from safe_sched.training.session import Normalizer, Session, require_normalizer
+from safe_sched.version import __version__, versions
 from safe_sched_hf.attach import Attachment, calling_trainer, refuse_sharded, refuse_unsupported, trial_of
 from safe_sched_hf.columns import ColumnReader, read_prior, require_prior
 from safe_sched_hf.distributed import exchange_of, telling
@@ -351,7 +351,7 @@ class SafeSchedCallback(TrainerCallback):
             folder = Path(self._attachment.trainer._get_output_dir(trial_of(self._attachment.trainer)))
             folder = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             about = {} if self._record is None else self._record.checkpoint(folder)
-            self.session.save(folder / STATE_FILE, self._company.save(), version=safe_sched.__version__, **about)
+            self.session.save(folder / STATE_FILE, self._company.save(), version=__version__, **about)
             self._company.each("forget")
 
     def on_train_end(

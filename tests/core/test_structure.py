@@ -24,11 +24,7 @@ KNOWN = {
         "safe_sched_hf.audit.scorer imports safe_sched_hf.safety._tokenize",
     },
     "homonyms": {
-        "Alone: safe_sched.mixing.rewriting.endpoint_http, safe_sched.training.ranks",
-        "Calibration: safe_sched.audit.calibration.calibrate, safe_sched.estimators.calibration",
-        "Layout: safe_sched.data.layouts, safe_sched.rows.keys",
-        "Mixture: safe_sched.audit.calibration.mixture, safe_sched.mixing.plan",
-        "Source: safe_sched.audit.inputs, safe_sched.training.manifest",
+        "Probe: safe_sched.needs, safe_sched_hf.audit",
     },
 }
 

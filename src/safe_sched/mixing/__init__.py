@@ -1,6 +1,6 @@
 """Safety rows that look like the task's own, and mixing them in."""
 
-from safe_sched.data.schemas import SCHEMAS, Example, Part, Schema, detect, read, write
+from safe_sched.data.schemas import SCHEMAS, Example, Schema, TextPart, detect, read, write
 from safe_sched.mixing.explain import explain
 from safe_sched.mixing.formats import TaskFormat, induce_format
 from safe_sched.mixing.mix import mimic, mix
@@ -16,10 +16,10 @@ __all__ = [
     "Example",
     "MixedRows",
     "MixedStream",
-    "Part",
     "RewriteReport",
     "Schema",
     "TaskFormat",
+    "TextPart",
     "detect",
     "explain",
     "induce_format",

@@ -8,10 +8,8 @@ written over, or added, is told apart.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import uuid
 from collections.abc import Iterable, Mapping
@@ -21,7 +19,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-import safe_sched
 from safe_sched.data.writing import replacing
 from safe_sched.errors import DataError, StateError
 from safe_sched.training.checkpoint import MANIFEST_FILE, STATE_FILE, header_of
@@ -192,15 +189,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
-
-
-def versions(names: Iterable[str]) -> dict[str, str]:
-    """The versions of safe-sched and of those packages that are installed."""
-    found = {"safe-sched": safe_sched.__version__}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def _now() -> str:

@@ -38,7 +38,7 @@ LOOKED_AT = 100
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """One text of a row.
 
     Attributes:
@@ -66,7 +66,7 @@ class Example:
     """
 
     schema: str
-    parts: tuple[Part, ...]
+    parts: tuple[TextPart, ...]
     row: Mapping[str, Any]
     answer: int | None
     tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False)
@@ -267,10 +267,10 @@ def read(row: Mapping[str, Any], schema: str | None = None, *, tokenizer: Any = 
     if not layout.fits(row):
         raise DataError(f"a row has the fields {_names(row)}; schema {layout.name!r} needs {layout.layout}")
     if layout.name == "tokens":
-        parts = [Part(*found) for found in tokens.spans(row, tokenizer)]
+        parts = [TextPart(*found) for found in tokens.spans(row, tokenizer)]
     else:
         try:
-            parts = [Part(role, at(row, place), field_of(place)) for role, place in _places(row, layout)]
+            parts = [TextPart(role, at(row, place), field_of(place)) for role, place in _places(row, layout)]
         except DataError as error:
             raise DataError(f"a row does not fit schema {layout.name!r}: {error}") from error
     answers = [number for number, part in enumerate(parts) if part.role == "assistant"]

@@ -31,7 +31,7 @@ from safe_sched.errors import DataError, OptionError, some_of
 from safe_sched.generation import LocalModel, TextGenerator
 from safe_sched.mixing.rewriting.cache import ReplyCache
 from safe_sched.mixing.rewriting.checks import TaskChecks
-from safe_sched.mixing.rewriting.run import Asking, Bill, Job, Progress, Run
+from safe_sched.mixing.rewriting.run import Asking, Bill, Job, Progress, RewriteRun
 
 SHOWN = 6000
 """Characters up to which an example is shown as long as there are such examples."""
@@ -208,7 +208,7 @@ def rewrite(
     jobs = {prompt.text: Job(prompt.text, asking) for prompt in prompts}
     file = None if cache is None or (dry_run and not Path(cache).exists()) else Path(cache)
     with ReplyCache(file) as replies:
-        run = Run(generator, replies, list(jobs.values()), progress or (lambda stage, done, total: None))
+        run = RewriteRun(generator, replies, list(jobs.values()), progress or (lambda stage, done, total: None))
         run.read_cache()
         if not dry_run:
             run.ask(batch_size)

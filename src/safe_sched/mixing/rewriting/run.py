@@ -234,7 +234,7 @@ class Bill:
         self.tokens_at_most = (self.input_tokens, self.output_tokens)
 
 
-class Run:
+class RewriteRun:
     """All prompts: first through the cache, then through the generator.
 
     Attributes:
