@@ -19,7 +19,7 @@ from safe_sched.estimators.head import Scorer
 from safe_sched.scheduler import Scheduler
 from safe_sched.schedulers import build
 from safe_sched.training.checkpoint import STATE_FILE
-from safe_sched.training.loop import Company, Part, Run, measurements_for, part_of
+from safe_sched.training.loop import Company, Measurement, Part, Run, measurements_for, part_of
 from safe_sched.training.ranks import Exchange
 from safe_sched.training.record import RunRecord
 from safe_sched.training.session import Normalizer, Session, require_normalizer
@@ -166,6 +166,11 @@ class SafeSchedCallback(TrainerCallback):
         if self._session is None:
             raise DataError("there is no session yet: call trainer.train() first")
         return self._session
+
+    @property
+    def measurements(self) -> dict[str, Measurement[Any]]:
+        """What measures the needs of the scheduler, by name."""
+        return {measurement.name: measurement for measurement in self._company.measurements}
 
     @property
     def parts(self) -> list[Part]:

@@ -101,7 +101,7 @@ def log_probs_by_hand(model: Any, prompt: list[int], answer: list[int]) -> list[
 def opening_by_hand(model: Any, ours: Any, prompt: list[int], length: int = 3) -> float:
     """Log-odds of answering, against opening as one of the refusals that are compared with."""
     openings = sorted({tuple(answer[:length]) for answer in KNOWN})
-    picked = [openings[i] for i in ours.session.state.openings.tolist()]
+    picked = [openings[i] for i in ours.measurements["refusal_odds"].chosen.tolist()]
     assert picked
     p = sum(math.exp(sum(log_probs_by_hand(model, prompt, list(opening)))) for opening in picked)
     return math.log(1 - p) - math.log(p)
@@ -220,7 +220,7 @@ def test_refusals_that_share_a_prompt_give_the_same_ratios(name: str, ratio: Any
             options["peft_config"] = lora(**options["peft_config"])
         scheduler = antibody(ratio=ratio, refusal_cost=cost, refusals_per_row=1 if ratio == "opening" else 3)
         _, ours = looked_at(make_sft, tmp_path, ROWS, scheduler, model=make_model(**attention), **options)
-        found.append((ratios_of(ours), ours.session.state.openings))
+        found.append((ratios_of(ours), ours.measurements["refusal_odds"].chosen))
     (shared, openings), (exact, others) = found
     assert openings.equal(others)
     assert torch.allclose(shared, exact, atol=0.3 if name == "bf16" else 1e-4, rtol=0.05 if name == "bf16" else 1e-4)
@@ -239,7 +239,7 @@ def test_a_shared_prompt_that_leaks_would_show(tmp_path: Path, monkeypatch: pyte
     _, correct = looked_at(make_sft, tmp_path, ROWS, scheduler)
     right = module.grow
     monkeypatch.setattr(module, "grow", leaking)
-    monkeypatch.setattr(module.Refusals, "_check_shared", lambda self: None)
+    monkeypatch.setattr(module.RefusalOddsMeasurement, "_check_shared", lambda self: None)
     _, ours = looked_at(make_sft, tmp_path, ROWS, scheduler)
     assert not torch.allclose(ratios_of(ours), ratios_of(correct), atol=0.1)
 
@@ -371,9 +371,9 @@ def test_texts_without_a_mark_stop_the_run(tmp_path: Path) -> None:
 class Blind(Antibody):
     """Takes every ratio and reads 0, so that a softmax gives weights of exactly 1."""
 
-    def learn(self, state: Any, slots: Tensor, scores: Tensor) -> dict[str, float]:
-        assert bool(torch.isfinite(scores).all())
-        return super().learn(state, slots, torch.zeros_like(scores))
+    def learn(self, state: Any, need: str, slots: Tensor, values: Tensor) -> dict[str, float]:
+        assert bool(torch.isfinite(values).all())
+        return super().learn(state, need, slots, torch.zeros_like(values))
 
 
 COSTS: dict[str, dict[str, Any]] = {
@@ -461,7 +461,7 @@ def test_with_an_adapter_the_start_is_asked_however_far_training_has_come(tmp_pa
         start = make_model()
         wanted.append(torch.tensor([opening_by_hand(start, ours, split(row)[0]) for row in rows]))
         found.append(ratios_of(ours))
-        assert ours.session.state.source == (1 if anchor else 2)
+        assert ours.measurements["refusal_odds"].source == (1 if anchor else 2)
     assert torch.allclose(found[0], wanted[0], atol=1e-3)
     # control: without the anchor the first micro-batch agrees, the later ones have drifted
     assert float((found[1] - wanted[1]).abs().median()) > 0.1
@@ -469,7 +469,7 @@ def test_with_an_adapter_the_start_is_asked_however_far_training_has_come(tmp_pa
 
 def test_an_adapter_that_is_part_of_the_start_is_left_on(tmp_path: Path) -> None:
     trainer, ours = looked_at(make_sft, tmp_path, ROWS, model=make_model(), peft_config=lora())
-    assert ours.session.state.source == 2
+    assert ours.measurements["refusal_odds"].source == 2
     wanted = [opening_by_hand(trainer.model, ours, split(row)[0]) for row in ROWS]
     assert torch.allclose(ratios_of(ours), torch.tensor(wanted), atol=1e-3)
     plain = [opening_by_hand(make_model(), ours, split(row)[0]) for row in ROWS]

@@ -193,8 +193,8 @@ def test_measuring_leaves_no_trace(kind: str, tmp_path: Path) -> None:
     class Silent(BDS):
         """Measures like BDS and learns nothing, so every weight stays 1."""
 
-        def learn(self, state: Any, slots: torch.Tensor, scores: torch.Tensor) -> dict[str, float]:
-            learned.append(scores.clone())
+        def learn(self, state: Any, need: str, slots: torch.Tensor, values: torch.Tensor) -> dict[str, float]:
+            learned.append(values.clone())
             return {}
 
     def run(scheduler: Any) -> Any:

@@ -17,7 +17,7 @@ from safe_sched.errors import DataError, ModelError, OptionError
 from safe_sched.estimators.probe import GAIN, Direction
 from safe_sched.training.session import Session
 from safe_sched_hf import SafeSchedCallback
-from safe_sched_hf import attach as attachment_module
+from safe_sched_hf.measure.probe import ProbeMeasurement
 from safe_sched_hf.noise import add_noise
 from tests.hf.test_gradients import lora
 from tests.hf.test_untouched import HF, ROWS, SFT, assert_same_run, train
@@ -38,7 +38,7 @@ SAFETY = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{20 + i % 3} w{30 + i}"
 class Silent(BDS):
     """Measures like BDS and learns nothing, so every weight stays 1."""
 
-    def learn(self, state: Any, slots: Tensor, scores: Tensor) -> dict[str, float]:
+    def learn(self, state: Any, need: str, slots: Tensor, values: Tensor) -> dict[str, float]:
         return {}
 
 
@@ -52,9 +52,9 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     seen: list[tuple[Tensor, Tensor]] = []
     original = Session.learn
 
-    def learn(self: Session, slots: Tensor, values: Tensor, evidence: str | None = None) -> None:
+    def learn(self: Session, need: str, slots: Tensor, values: Tensor) -> None:
         seen.append((slots.clone(), values.clone()))
-        original(self, slots, values, evidence)
+        original(self, need, slots, values)
 
     monkeypatch.setattr(Session, "learn", learn)
     return seen
@@ -197,17 +197,24 @@ def test_doubtful_rows_are_measured_again_before_they_come_by(tmp_path: Path, mo
     """A row's second score comes in a step that does not train on it, from both forwards at that time."""
     trained: list[set[int]] = []
     again: list[tuple[int, set[int]]] = []
-    original = attachment_module.Attachment._look_again
+    original, begins = ProbeMeasurement._look_again, ProbeMeasurement.before_step
+    coming: list[Any] = []
 
-    def look(self: Any, model: Any) -> None:
-        before = self.session.state.scored.clone()
-        original(self, model)
-        changed = (self.session.state.scored != before).nonzero().flatten().tolist()
+    def before_step(self: Any, batches: Any) -> None:
+        coming[:] = batches
+        begins(self, batches)
+
+    def look(self: Any) -> None:
+        session = self.run.session
+        before = session.state.scored.clone()
+        original(self)
+        changed = (session.state.scored != before).nonzero().flatten().tolist()
         if changed:
-            again.append((self.session.steps, set(changed)))
-            trained.append({int(s) for b, _ in self._queue for s in b.slots})
+            again.append((session.steps, set(changed)))
+            trained.append({int(s) for batch in coming for s in batch.slots})
 
-    monkeypatch.setattr(attachment_module.Attachment, "_look_again", look)
+    monkeypatch.setattr(ProbeMeasurement, "before_step", before_step)
+    monkeypatch.setattr(ProbeMeasurement, "_look_again", look)
     rows = token_rows(160, seed=6)
     ours = callback(BDS())
     make_sft(tmp_path, rows, callbacks=[ours], max_steps=40, num_train_epochs=1).train()
@@ -237,10 +244,9 @@ def test_safety_rows_without_a_prompt_are_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize("evidence", ["probe", "covariance"])
-def test_evidence_needs_safety_rows(evidence: Any) -> None:
+def test_the_probe_needs_safety_rows() -> None:
     with pytest.raises(OptionError, match='give safety_data, for example safety_data="core"'):
-        SafeSchedCallback(BDS(evidence=evidence))
+        SafeSchedCallback(BDS())
 
 
 def test_a_chat_template_is_not_taken_for_a_decision(tmp_path: Path) -> None:
@@ -348,14 +354,6 @@ def test_an_adapter_that_is_not_there_is_named(tmp_path: Path) -> None:
     trainer = make_sft(tmp_path, ROWS, model=make_model(), peft_config=lora(), callbacks=[ours])
     with pytest.raises(ModelError, match=r"asks for the adapter 'plain'; the model has \['default'\]"):
         trainer.train()
-
-
-def test_covariance_learns_along_a_noisy_run(tmp_path: Path) -> None:
-    ours = callback(BDS(evidence="covariance"), model_temperature=1.0)
-    make_sft(tmp_path, ROWS, callbacks=[ours], max_steps=24, learning_rate=1e-3).train()
-    table = ours.table()
-    assert min(table.column("scored").to_pylist()) >= 1
-    assert len(set(table.column("weight").to_pylist())) > 1
 
 
 def test_no_temperature_no_noise(tmp_path: Path) -> None:
