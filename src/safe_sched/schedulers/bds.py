@@ -17,11 +17,13 @@ sigmoid(z)``. Weight 1 is what a row has before anything is known of it. The pap
 and takes ``w = N softmax(z)``; see `safe_sched.schedulers.bds_released`.
 
 **The share of harmful rows.** Each row is harmful with a share q, ``q ~ Beta(a, b)`` with ``a + b = prior_rows`` and
-mean ``prior_share``. Integrating q out, with H the sum of the M judged rows' harmful probabilities, gives ``Beta(a +
-H, b + M
-- H) / Beta(a, b)``, whose derivative by one row's ``1 - sigmoid(z)`` is ``digamma(a + H) - digamma(b + M - H)``: close
-to the log-odds of the share found so far. It is added to every row's evidence, so one row in ten thousand needs more
-evidence than one in two. The released prior has the wrong sign.
+mean ``prior_share``. Integrating q out, with H the sum of the M judged rows' harmful probabilities, gives::
+
+    Beta(a + H, b + M - H) / Beta(a, b)
+
+Its derivative by one row's ``1 - sigmoid(z)`` is ``digamma(a + H) - digamma(b + M - H)``: close to the log-odds of the
+share found so far. It is added to every row's evidence, so one row in ten thousand needs more evidence than one in two.
+The released prior has the wrong sign.
 
 ============  ==========================  ==================
 symbol        name here                   unit
@@ -32,9 +34,8 @@ E             ``log_odds``                nats
 x             score                       1, see `safe_sched.estimators.calibration`
 ============  ==========================  ==================
 
-Cost: nothing for a step without new scores; otherwise some 50 updates of the rows that were scored, all at once. 12
-    bytes
-per row; no pass over all rows, and no pass of the model but the probe's, see `docs/methods/bds.md`.
+Cost: nothing for a step without new scores; otherwise some 50 updates of the rows that were scored, all at once.
+12 bytes per row; no pass over all rows, and no pass of the model but the probe's, see `docs/methods/bds.md`.
 """
 
 from __future__ import annotations

@@ -7,13 +7,10 @@ were never trained on, have weights as well. The row's scores are measured, cali
 
     U(phi) = sum over rows of  u(z_i, E_i)  +  |phi - prior|**2 / 2
 
-    u(z, E) = -log( sigmoid(z) + sigmoid(-z) e**E )              energy="mixture"
-            = (E + c) sigmoid(z)                                 energy="weights", c: the harmful-share prior's log-odds
+    u(z, E) = -log( sigmoid(z) + sigmoid(-z) e**E )
 
-*mixture* reads the head as the probability of being benign before the row is measured, and E as the log of the Bayes
-factor of its scores; the row's label is summed over. *weights* is the energy of `BDS`, with the logits tied together;
-where the head cannot tell rows apart it follows the sign of their sum with certainty, however little each of them says.
-Both agree where sigmoid(z) is 0 or 1.
+The head is the probability of being benign before the row is measured, and E the log of the Bayes factor of its scores;
+the row's label is summed over.
 
 The weight of a row is what Bayes' rule makes of the head's log-odds and of the row's own, E_i = 0 for rows without a
 score::

@@ -14,9 +14,8 @@ One optimiser step (the user's own lines are unmarked, ours start with ``>``)::
     > session.end_step, after_step               # scheduler.update with what the step saw; Lisa's safe phase
 
 Whoever takes part is a `Part`: a *measurement* (`Measurement`) tells the scheduler something about rows, other parts
-change what is trained on: safety batch, sampling, Lisa, parameter noise. The loop calls all of them alike and knows
-    none
-of them by name. Third parties register both through `safe_sched.hooks`.
+change what is trained on: safety batch, sampling, Lisa, parameter noise. The loop calls all of them alike and
+knows none of them by name. Third parties register both through `safe_sched.hooks`.
 """
 
 from __future__ import annotations
