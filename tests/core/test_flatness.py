@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import safe_sched.training.flat_alignment as flatness
 from safe_sched.errors import ModelError, NumericsError, OptionError
+from safe_sched.estimators import moves
 from safe_sched.estimators.moves import moved, scale_to_gain
 from safe_sched.training.flat_alignment import EMA, Flatness, Products, attack_scale, flatten
 
@@ -275,7 +276,7 @@ class stays:
     """`moved`, but for giving the parameters back."""
 
     def __init__(self, parts: Any, scale: float) -> None:
-        flatness._move(parts, scale)
+        moves._move(parts, scale)
 
     def __enter__(self) -> None: ...
 

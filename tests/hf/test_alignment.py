@@ -24,6 +24,7 @@ import safe_sched.training.flat_alignment as flatness
 from safe_sched import Fixed
 from safe_sched.data.rows import core_refusals
 from safe_sched.errors import DataError, ModelError, NumericsError, OptionError, StateError
+from safe_sched.estimators import moves
 from safe_sched_hf import FlatAlignmentCallback, SafeSchedCallback
 from safe_sched_hf.alignment import ALIGNMENT_FILE, buffers_kept, refused_row
 from tests.hf.test_gradients import CHECKPOINTED, InModelSFT, lora
@@ -382,7 +383,7 @@ class Stays:
     """`moved`, but for giving the parameters back."""
 
     def __init__(self, parts: Any, scale: float) -> None:
-        flatness._move(parts, scale)
+        moves._move(parts, scale)
 
     def __enter__(self) -> None: ...
 

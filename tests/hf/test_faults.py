@@ -161,7 +161,7 @@ def test_every_method_goes_on_from_the_middle_of_its_measuring(kind: str, tmp_pa
 
 def test_what_outlives_a_checkpoint_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: where a run keeps the probe's direction over a save, a resumed run ends elsewhere."""
-    monkeypatch.setattr("safe_sched_hf.attach.Attachment.forget", lambda self: None)
+    monkeypatch.setattr("safe_sched_hf.measure.probe.ProbeMeasurement.forget", lambda self: None)
     kept = parameters_of(run(tmp_path / "whole").model)
     again = parameters_of(run(tmp_path / "again", resume=tmp_path / "whole" / f"checkpoint-{SAVED}").model)
     assert any(not torch.equal(again[name], one) for name, one in kept.items())
