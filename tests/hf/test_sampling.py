@@ -444,12 +444,6 @@ def test_what_cannot_be_sampled_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="act='sampel'; allowed: 'weight', 'sample'"):
         SafeSchedCallback(Fixed(), act="sampel")  # pyright: ignore[reportArgumentType]
 
-    class Old(Fixed):
-        def slot_weights(self, state: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return state.weight
-
-    with pytest.raises(OptionError, match="take \\(state, slots\\)"):
-        sampling(Old())
     trainer = make_hf(tmp_path, ROWS, callbacks=[sampling()])
     trainer.train_dataset = Dataset.from_list(ROWS).to_iterable_dataset()  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(DataError, match="this one is a stream"):

@@ -169,7 +169,7 @@ def test_a_fused_loss_is_refused_where_row_losses_are_needed(tmp_path: Any) -> N
     model = make_model(cls=FusedLossLlama)
     model.lm_head.weight.requires_grad_(False)
     trainer = make_hf(tmp_path, ROWS, model=model, callbacks=[SafeSchedCallback(BDSReleased())])
-    with pytest.raises(ModelError, match="row is never computed, and 'bds' needs it"):
+    with pytest.raises(ModelError, match="row is never computed, and 'bds_released' needs it"):
         trainer.train()
 
 
