@@ -26,7 +26,7 @@ from safe_sched_hf.trl_call import Call, read_call
 UNDEFENDED = 3
 """The exit code where the manifest does not say that every row was defended."""
 
-_MODULE = "safe_sched_hf.trl_cli"
+_MODULE = "safe_sched_hf.trl"
 
 
 def command(arguments: Sequence[str]) -> int:

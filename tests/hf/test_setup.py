@@ -221,7 +221,10 @@ def test_a_model_without_trainable_parameters_is_refused(tmp_path: Any) -> None:
     ("option", "match"),
     [
         ({"safety_date": "core"}, "unknown option of SafeSchedCallback 'safety_date' .did you mean 'safety_data'"),
-        ({"scheduler": "bsd"}, "unknown scheduler 'bsd' .did you mean 'bds'.*allowed: 'antibody', 'bds', 'fixed'"),
+        (
+            {"scheduler": "bsd"},
+            "unknown scheduler 'bsd' .did you mean 'bds'.*allowed: 'antibody', 'bds', 'bds_released', 'fixed'",
+        ),
         ({"scheduler": 3}, "3 is not a scheduler"),
         ({"safety_batch_size": 0}, "safety_batch_size=0; allowed"),
         ({"safety_weight": -1.0}, "safety_weight=-1.0; allowed"),

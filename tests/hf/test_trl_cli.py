@@ -307,7 +307,7 @@ def test_a_process_that_fails_is_an_exit_code(home: Path, tmp_path: Path, monkey
     for code, error in failures.items():
 
         def fail(options: Any, error: Exception = error) -> None:
-            assert (options.module, options.training_script) == (True, "safe_sched_hf.trl_cli")
+            assert (options.module, options.training_script) == (True, "safe_sched_hf.trl")
             assert options.num_processes == 2
             raise error
 
@@ -342,7 +342,7 @@ def test_two_processes_write_one_manifest(home: Path, tmp_path: Path) -> None:
     block = {"method": "bds", "safety_data": str(home / "safety.jsonl")}
     path = config(home, tmp_path / "two", block, ddp_backend="gloo", save_strategy="steps", save_steps=2)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    line += ["-m", "safe_sched_hf.trl_cli", "--config", str(path)]
+    line += ["-m", "safe_sched_hf.trl", "--config", str(path)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     found = subprocess.run(line, capture_output=True, text=True, env=env, timeout=280)
     assert found.returncode == 0, found.stderr
