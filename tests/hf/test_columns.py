@@ -13,10 +13,10 @@ from torch.utils.data import IterableDataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from safe_sched import Fixed, Lisa
+from safe_sched import Fixed
 from safe_sched.errors import DataError, OptionError, StateError
 from safe_sched.rows.keys import keys_of_flat
-from safe_sched_hf import SafeSchedCallback
+from safe_sched_hf import Lisa, SafeSchedCallback
 from tests.support import (
     COMMON,
     GradientProbe,
@@ -217,9 +217,8 @@ def test_the_weight_of_a_hosted_services_file_is_read_from_its_rows(tmp_path: Pa
     assert callback.used == expected(prepared)
 
 
-def test_a_scheduler_within_another_reads_its_column(tmp_path: Path) -> None:
-    scheduler = Lisa(0, 4, 0.0, scheduler=BY_COLUMN)
-    callback = SafeSchedCallback(scheduler, safety_data=text_rows(4, seed=9))
+def test_a_column_is_read_in_the_user_steps_of_lisa(tmp_path: Path) -> None:
+    callback = SafeSchedCallback(BY_COLUMN, parts=[Lisa(0, 4, 0.0)], safety_data=text_rows(4, seed=9))
     trainer = make_sft(tmp_path, TEXTS, callbacks=[callback], optim="sgd")
     trainer.train()
     assert factors(callback) == expected([tokens_of(row) for row in TEXTS])

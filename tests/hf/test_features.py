@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,18 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from safe_sched import BDS, Fixed, NeuralBDS
 from safe_sched.errors import DataError, ModelError, OptionError
 from safe_sched.estimators.head import Head, Scorer
-from safe_sched.rows.keys import Layout, layout_of
+from safe_sched.rows.keys import Layout, batch_fields, layout_of
 from safe_sched.schedulers.neural import NeuralState
+from safe_sched.training.loop import measurements_for
+from safe_sched.training.session import Batch
 from safe_sched_hf import SafeSchedCallback
-from safe_sched_hf.attach import batch_fields
-from safe_sched_hf.measure.features import EncoderFeatures, RowFeatures, pool_rows, score_rows
+from safe_sched_hf.measure.features import (
+    EncoderFeatures,
+    EncoderMeasurement,
+    HiddenStateMeasurement,
+    pool_rows,
+    score_rows,
+)
 from tests.hf.test_gradients import lora
 from tests.support import (
     make_hf,
@@ -216,17 +224,25 @@ def test_an_encoder_that_cannot_be_used_is_an_error_that_says_why(tmp_path: Path
 def test_a_scheduler_gets_the_features_that_it_asks_for() -> None:
     ids, labels, layout = padded("right")
     hidden, slots = torch.randn(*ids.shape, 3), torch.arange(7)
-    assert RowFeatures.wanted_by(BDS(), TOKENIZER) is None
-    of_hidden = RowFeatures.wanted_by(NeuralBDS(), None)
-    assert of_hidden is not None
-    assert torch.equal(of_hidden(hidden, ids, labels, layout, slots), pool_rows(hidden, labels, layout))
-    of_text = RowFeatures.wanted_by(NeuralBDS(features="encoder", encoder=Counting()), TOKENIZER)
-    assert of_text is not None
-    assert of_text(None, ids, labels, layout, slots).shape == (7, 64)
+    batch = Batch(ids, labels, layout, slots, torch.ones(7), torch.ones(7))
+
+    def shown(state: Any) -> Any:
+        return SimpleNamespace(hidden=state)
+
+    assert [measured.name for measured in measurements_for(BDS())] == ["probe"]
+    _, of_hidden = measurements_for(NeuralBDS())
+    assert isinstance(of_hidden, HiddenStateMeasurement)
+    assert torch.equal(of_hidden.after_forward(batch, shown(hidden)), pool_rows(hidden, labels, layout))
+    _, of_text = measurements_for(NeuralBDS(features="encoder", encoder=Counting()))
+    assert isinstance(of_text, EncoderMeasurement)
+    of_text.begin(SimpleNamespace(tokenizer=TOKENIZER, device="cpu"))  # pyright: ignore[reportArgumentType]
+    found = of_text.after_forward(batch, shown(None))
+    assert found is not None
+    assert found.shape == (7, 64)
     with pytest.raises(ModelError, match="this model shows none"):
-        of_hidden(None, ids, labels, layout, slots)
+        of_hidden.after_forward(batch, shown(None))
     with pytest.raises(ModelError, match=r"is of shape \(7, 2, 3\)"):
-        of_hidden(hidden[:, :2], ids, labels, layout, slots)
+        of_hidden.after_forward(batch, shown(hidden[:, :2]))
 
 
 # scores of rows -------------------------------------------------------------------------------------------------------
@@ -340,7 +356,7 @@ def test_a_trainer_shows_the_head_the_hidden_states_of_its_forward(
     inner = NeuralBDS.weights
 
     def weights(self: NeuralBDS, state: NeuralState, batch: Any) -> Tensor:
-        shown.append((batch.slots, batch.features))
+        shown.append((batch.slots, batch["hidden_state"]))
         return inner(self, state, batch)
 
     monkeypatch.setattr(NeuralBDS, "weights", weights)

@@ -377,7 +377,7 @@ def test_a_run_that_stops_early_still_ends_safe(event: str, first: bool, tmp_pat
     manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
     (told,) = [part for part in manifest["parts"] if part["name"] == "lisa"]
     assert told == turns_of(callback).settings() | turns_of(callback).summary()
-    assert manifest["scheduler"]["rho"] == 0.1
+    assert told["rho"] == 0.1
     assert manifest["coverage"]["rows_trained_on"] == 20
 
 
