@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_sched.audit.detectors import Compliance, Hidden, Identity, Refusal, Wrapper, default_detectors
-from safe_sched.audit.detectors.patterns import HEAD
+from safe_sched.audit.detectors.phrases import HEAD
 from safe_sched.audit.rows import AuditRow, audit_row
 from safe_sched.audit.signals import Detector
 from safe_sched.data.rows import core_refusals
